@@ -1,0 +1,70 @@
+"""Build what is derived from the notebooks: `python docs/build.py outputs [NB...]` or `python docs/build.py readme`."""
+import configparser
+import os
+import re
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+cfg = configparser.ConfigParser(delimiters=["="])
+cfg.read(ROOT / "settings.ini", encoding="utf8")
+SKIP = set(cfg["DEFAULT"]["tst_flags"].split())
+
+
+class Client(NotebookClient):
+    "A kernel that leaves flagged cells, and their saved outputs, alone."
+
+    async def async_execute_cell(self, cell, cell_index, **kw):
+        flags = re.findall(r"^#\|\s*(\w+)(?::\s*(\S+))?", cell.source, re.M) if cell.cell_type == "code" else []
+        if any(f in SKIP for f, _ in flags) or ("eval", "false") in flags or "nbdev_export(" in cell.source: return cell
+        return await super().async_execute_cell(cell, cell_index, **kw)
+
+
+def stable_ids(nb, stem):
+    "Widget model ids are random; number them by order of creation, so that a second run leaves no diff."
+    for widgets in nb.metadata.get("widgets", {}).values():
+        text = nbformat.writes(nb)
+        for i, model in enumerate(list(widgets["state"])):
+            text = text.replace(model, uuid.uuid5(uuid.NAMESPACE_URL, f"{stem}/{i}").hex)
+        nb.update(nbformat.reads(text, 4))
+        return
+
+
+def outputs(*notebooks):
+    "Run notebooks in a real kernel and save what their cells show."
+    from nbdev.clean import nbdev_clean
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for path in map(Path, notebooks or sorted((ROOT / "nbs").rglob("[!.]*.ipynb"))):
+        start, nb = time.time(), nbformat.read(path, 4)
+        Client(nb, timeout=600, kernel_name="python3", store_widget_state=True, record_timing=False,
+               coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
+        stable_ids(nb, path.stem)
+        nbformat.write(nb, path)
+        nbdev_clean(str(path))
+        print(f"{path.name}: {time.time() - start:.1f} s", flush=True)
+
+
+def readme():
+    "README.md is nbs/index.ipynb in Markdown, the way nbdev writes it, without Quarto."
+    nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
+    nb.cells = [c for c in nb.cells if c.cell_type != "code" or not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, re.M)]
+    for c in nb.cells:
+        if c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+    nb.metadata["language_info"] = {"name": "python"}
+    text, res = MarkdownExporter().from_notebook_node(nb)
+    assert not res["outputs"], "README cells must not draw: embed a committed picture instead"
+    return re.sub(r"\n{3,}", "\n\n", text).replace("](../", "](").strip() + "\n"
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["outputs", *notebooks]: outputs(*notebooks)
+        case ["readme"]: (ROOT / "README.md").write_text(readme(), encoding="utf8")
+        case _: sys.exit(__doc__)

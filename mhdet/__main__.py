@@ -1,0 +1,3 @@
+from mhdet.cli import app
+
+app()

@@ -1,0 +1,30 @@
+"""Every chapter and study runs, cell by cell, in this process; cells flagged slow or cuda are left out."""
+import os
+
+import matplotlib
+import pytest
+from accelerate.state import AcceleratorState
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_nb
+
+matplotlib.use("agg")
+cfg = get_config()
+NBS = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
+       if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts]
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch):
+    "nbdev leaves IN_TEST behind, under which a later export silently does nothing; accelerate keeps its first precision."
+    rc = matplotlib.rcParams.copy()
+    yield
+    os.environ.pop("IN_TEST", None)
+    AcceleratorState._reset_state(True)
+    matplotlib.pyplot.close("all")
+    matplotlib.rcParams.update(rc)
+
+
+@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)
+def test_notebook(nb, capfd):
+    ok, _ = run_nb(nb.absolute(), skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
+    assert ok, capfd.readouterr().err
