@@ -15,7 +15,7 @@ NBS = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch):
-    "nbdev leaves IN_TEST behind, under which a later export silently does nothing; accelerate keeps its first precision."
+    "nbdev leaves IN_TEST behind, under which a later export does nothing; accelerate keeps its first precision."
     rc = matplotlib.rcParams.copy()
     yield
     os.environ.pop("IN_TEST", None)
