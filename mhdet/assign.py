@@ -16,7 +16,7 @@ class Matches(NamedTuple):
     """Who answers for what: one entry per (cell, anchor, target), ordered by level, then group, anchor, target.
 
     `level image anchor gy gx cls target` are int64 Tensors (n,): the place of the prediction, the class and the row of the target
-    it answers for. `tbox` (n, 4) is the target as cx, cy, w, h in grid units, the centre relative to the cell's corner; `anch` (n, 2)
+    it answers for; `cell` (n,) int64 the number of the prediction in its level, in the order image, gy, gx, anchor. `tbox` (n, 4) is the target as cx, cy, w, h in grid units, the centre relative to the cell's corner; `anch` (n, 2)
     the anchor in grid units; `sizes` a tuple of ints, the number of entries on each level. A record: raises nothing. Source: own.
     """
     level: Tensor
@@ -26,6 +26,7 @@ class Matches(NamedTuple):
     gx: Tensor
     cls: Tensor
     target: Tensor
+    cell: Tensor
     tbox: Tensor
     anch: Tensor
     sizes: tuple
@@ -78,8 +79,9 @@ def match_anchors(targets, shapes, anchors, strides, anchor_t=4.):
     sizes = tuple(mask.flatten(1).sum(1).tolist())
     level, side, a, t = torch.nonzero_static(mask, size=sum(sizes)).unbind(1)
     shift = new([[0, 0], [.5, 0], [0, .5], [-.5, 0], [0, -.5]])[side]
-    cell = (xy[level, t] - shift).long().clamp(min=0).minimum(grid[level].long() - 1)
-    gx, gy = cell.unbind(1)
-    image, cls = targets[t, :2].long().unbind(1)
-    tbox = torch.cat([xy[level, t] - cell, wh[level, t]], 1)
-    return Matches(level, image, a, gy, gx, cls, t, tbox, anch[level, a], sizes)
+    W, H = (cells := grid.long()[level]).unbind(1)
+    corner = (xy[level, t] - shift).long().clamp(min=0).minimum(cells - 1)
+    (gx, gy), (image, cls) = corner.unbind(1), targets[t, :2].long().unbind(1)
+    cell = ((image * H + gy) * W + gx) * anch.shape[1] + a
+    tbox = torch.cat([xy[level, t] - corner, wh[level, t]], 1)
+    return Matches(level, image, a, gy, gx, cls, t, cell, tbox, anch[level, a], sizes)

@@ -151,16 +151,18 @@ def affine(image, boxes, labels, matrix, size):
     back = np.linalg.inv(matrix[:, :2])
     start = back @ (np.array([.5, .5]) - matrix[:, 2])                        # where the first pixel's centre comes from
     (a, b, c), (d, e, f) = (np.column_stack([back, start]) * [[2 / w], [2 / h]] - [[0, 0, 1]] * 2).tolist()
-    step = torch.arange(size, dtype=torch.float32)
-    grid = torch.stack([a * step + (b * step + c)[:, None], d * step + (e * step + f)[:, None]], -1)
-    image = F.grid_sample(image[None].float() - GREY, grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0] + GREY
-    corners = boxes[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 4, 2)
-    corners = corners @ torch.from_numpy(matrix[:, :2].T).float() + torch.from_numpy(matrix[:, 2]).float()
-    moved = torch.cat([corners.amin(1), corners.amax(1)], 1).clamp(0, size)
-    (w0, h0), (w1, h1) = (boxes[:, 2:] - boxes[:, :2]).T, (moved[:, 2:] - moved[:, :2]).T
+    step, grid = np.arange(size, dtype=np.float32), np.empty((size, size, 2), np.float32)
+    np.add(np.float32(a) * step, (b * step + c)[:, None], out=grid[..., 0])
+    np.add(np.float32(d) * step, (e * step + f)[:, None], out=grid[..., 1])
+    image = image.float().sub_(GREY)[None] if image.dtype == torch.uint8 else (image - GREY)[None]
+    image = F.grid_sample(image, torch.from_numpy(grid)[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0].add_(GREY)
+    old = boxes.numpy()
+    corners = old[:, [[0, 1], [2, 1], [0, 3], [2, 3]]] @ matrix[:, :2].T + matrix[:, 2]
+    moved = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, size)
+    (w0, h0), (w1, h1) = (old[:, 2:] - old[:, :2]).T, (moved[:, 2:] - moved[:, :2]).T
     full = w0 * h0 * abs(np.linalg.det(matrix[:, :2]))
-    keep = (w1 > 2) & (h1 > 2) & (w1 * h1 > .1 * full) & (torch.maximum(w1, h1) < 20 * torch.minimum(w1, h1))
-    return image, moved[keep], labels[keep]
+    keep = (w1 > 2) & (h1 > 2) & (w1 * h1 > .1 * full) & (np.maximum(w1, h1) < 20 * np.minimum(w1, h1))
+    return image, torch.from_numpy(moved[keep]).float(), labels[torch.from_numpy(keep)]
 
 # %% ../nbs/03_augment.ipynb #432fe047
 def mosaic(tiles, size, rng):

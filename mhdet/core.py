@@ -22,9 +22,11 @@ import yaml
 class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is looked at: pictures, their size, and what may be done to them.
 
-    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `dev` the share of train kept for choosing;
+    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `dev` the share of train kept
+    for choosing;
     `scale`, `translate` and the `hsv_*` gains are fractions, `degrees` and `shear` degrees, the other augmentations
-    probabilities. A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`). Source: own;
+    probabilities. A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`).
+    Source: own;
     the numbers are those of the YOLOv7-tiny recipe.
     """
     data: str = "toy"
@@ -46,10 +48,12 @@ class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     fliplr: float = .5
     flipud: float = 0.
 
+# %% ../nbs/00_core.ipynb #f045efd9
 class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is trained: the width of the trunk, the head file, the weights to start from.
 
-    `heads` is a head file (none: one head); `weights` a run or a file; `transfer` how they are taken over. Errors as in
+    `heads` is a head file (none: one head); `weights` a run or a file; `transfer` how they are taken over.
+    Errors as in
     `DataCfg`. Source: own.
     """
     width: float = .25
@@ -59,11 +63,14 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     weights: str | None = None
     transfer: Literal["exact", "intersect", "none"] = "exact"
 
+# %% ../nbs/00_core.ipynb #ca598f63
 class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """How it is trained, and how its answers are read.
 
-    `lr` is for a nominal batch of 64 pictures, to which smaller batches are accumulated; `warmup` in epochs, never more than
-    a tenth of the run; `lrf` the share of `lr` left at the end; `max_hours` wall clock; `conf`, `nms_iou` and `max_det` are for
+    `lr` is for a nominal batch of 64 pictures, to which smaller batches are accumulated; `warmup` in epochs,
+    never more than
+    a tenth of the run; `lrf` the share of `lr` left at the end; `max_hours` wall clock; `conf`, `nms_iou` and
+    `max_det` are for
     evaluation. Errors as in `DataCfg`. Source: own; the numbers are those of the YOLOv7-tiny recipe.
     """
     run: str | None = None
@@ -106,7 +113,8 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Cfg(msgspec.Struct, forbid_unknown_fields=True):
     """The three groups together: `cfg.data`, `cfg.net`, `cfg.train`.
 
-    `flat()` is one dict of all choices, as written to `config.yaml`; `override(key=value)` a changed copy. Errors as in
+    `flat()` is one dict of all choices, as written to `config.yaml`; `override(key=value)` a changed copy.
+    Errors as in
     `load_cfg`. Source: own.
     """
     data: DataCfg = msgspec.field(default_factory=DataCfg)
@@ -143,8 +151,10 @@ def read_yaml(path):
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
     try: out = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{path}: not YAML ({str(e).splitlines()[0]})") from None
-    if not isinstance(out or {}, dict): raise ValueError(f"{path}: a mapping is due at the top, got {type(out).__name__}")
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not YAML ({str(e).splitlines()[0]})") from None
+    if not isinstance(out or {}, dict):
+        raise ValueError(f"{path}: a mapping is due at the top, got {type(out).__name__}")
     return out or {}
 
 def load_cfg(*sources):
@@ -227,7 +237,8 @@ def environment(seed=None, **more):
     Returns
     -------
     dict
-        JSON values. `commit` is None outside a git checkout of the package; a commit with uncommitted changes ends in `+`.
+        JSON values. `commit` is None outside a git checkout of the package; a commit with uncommitted changes
+        ends in `+`.
 
     Raises
     ------
@@ -284,8 +295,10 @@ def new_run(cfg, root="runs"):
 class JsonLog:
     """A file of one JSON object a line.
 
-    `append(**row)` writes and flushes a row, `rows()` reads them all; a half-written last line, left by a crash, is dropped.
-    `path` is a str or Path; its folder must exist (`FileNotFoundError`). A broken line before the last raises `ValueError`
+    `append(**row)` writes and flushes a row, `rows()` reads them all; a half-written last line, left by a
+    crash, is dropped.
+    `path` is a str or Path; its folder must exist (`FileNotFoundError`). A broken line before the last raises
+    `ValueError`
     with file and line. Source: own.
     """
     def __init__(self, path): self.path = Path(path)
@@ -325,8 +338,9 @@ def theme():
     Okabe and Ito 2008, Color Universal Design.
     """
     style = {"axes.prop_cycle": mpl.cycler(color=HEAD_COLORS), "axes.spines.top": False, "axes.spines.right": False,
-             "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-             "legend.fontsize": 8, "legend.frameon": False, "font.size": 9, "figure.dpi": 80, "savefig.dpi": 100,
-             "figure.constrained_layout.use": True, "figure.figsize": (6.4, 3.2), "image.interpolation": "nearest"}
+             "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "xtick.labelsize": 8,
+             "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False, "font.size": 9,
+             "figure.dpi": 80, "savefig.dpi": 100, "figure.constrained_layout.use": True,
+             "figure.figsize": (6.4, 3.2), "image.interpolation": "nearest"}
     mpl.rcParams.update(style)
     return style

@@ -709,6 +709,9 @@ class DetDataset(torch.utils.data.Dataset):
         self.squares = self.params = None
         if cache == "ram": self._fill()
         else: self.records = check_pictures(records)
+        rows = self.records.gt["image"]
+        self._targets = self._to_square(slice(None), self.params[rows]) if cache == "ram" else (rows,)
+        self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
 
     def _fill(self):
         "Decode everything into one array; what cannot be decoded leaves the records."
@@ -729,19 +732,24 @@ class DetDataset(torch.utils.data.Dataset):
         square, params = letterbox(picture, self.imgsz)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1), torch.tensor(params), picture.size
 
-    def square(self, i):
-        image, params = self._decode(i)[:2] if self.squares is None else (self.squares[i], self.params[i])
-        gt = self.records.gt
-        part = slice(*np.searchsorted(gt["image"], [i, i + 1]))
-        (sx, sy, dx, dy), (w, h) = params.tolist(), self.records.sizes[i]
-        boxes = (gt["box"][part] * [sx, sy, sx, sy] + [dx, dy, dx, dy]).clip([dx, dy, dx, dy], [dx + w * sx, dy + h * sy] * 2)
+    def _to_square(self, rows, params):
+        "Picture, box in px of the square, label of the given boxes that are to be learned; params one row a box, or one for all."
+        gt, params = {k: v[rows] for k, v in self.records.gt.items()}, params.double().numpy()
+        scale, low = np.tile(params[:, :2], 2), np.tile(params[:, 2:], 2)
+        boxes = (gt["box"] * scale + low).clip(low, low + np.tile(self.records.sizes[gt["image"]], 2) * scale)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if self.difficult == "drop": keep &= ~(gt["ignore"][part] | gt["crowd"][part])
-        return image, torch.from_numpy(boxes[keep]).float(), torch.from_numpy(gt["label"][part][keep]), params
+        if self.difficult == "drop": keep &= ~(gt["ignore"] | gt["crowd"])
+        return gt["image"][keep], torch.from_numpy(boxes[keep]).float(), torch.from_numpy(gt["label"][keep])
+
+    def square(self, i):
+        rows = slice(self._first[i], self._first[i + 1])
+        if self.squares is not None: return self.squares[i], self._targets[1][rows], self._targets[2][rows], self.params[i]
+        image, params, _ = self._decode(i)
+        return image, *self._to_square(rows, params[None])[1:], params
 
     def tile(self, i):
         image, boxes, labels, params = self.square(i)
-        (sx, sy, dx, dy), (w, h) = params.tolist(), self.records.sizes[i]
+        (sx, sy, dx, dy), (w, h) = params.tolist(), self.records.sizes[i].tolist()
         x, y = int(dx), int(dy)
         return image[:, y:y + round(h * sy), x:x + round(w * sx)], boxes - params[[2, 3, 2, 3]], labels
 

@@ -255,9 +255,11 @@ def compare(gt, dt_a, dt_b, nc, n_images, margin=.005, seed_sd=None, **more):
     Parameters
     ----------
     gt, dt_a, dt_b, nc, n_images, seed_sd
-        As for `paired_diff`, and so are `more` (n, seed, metric, paired_seeds, inclusive).
+        As for `paired_diff`.
     margin : float
         As for `judge`.
+    **more
+        n, seed, metric, paired_seeds, inclusive, as for `paired_diff`.
 
     Returns
     -------
@@ -293,6 +295,10 @@ def plot_diffs(diffs, margin=0., ax=None):
     Returns
     -------
     Axes
+
+    Raises
+    ------
+    Nothing.
 
     References
     ----------

@@ -52,9 +52,12 @@ def as_rows(raw, na=3):
 class MultiHead(nn.Module):
     """All heads of a partition in one 1x1 convolution a level.
 
-    `partition` says which class belongs to which head; `channels` are those of the trunk's maps; `implicit` adds the vectors of
-    YOLOv7. Maps (B, C, H, W) become raw maps (B, A (5 nh + nc), H, W): per anchor `tx ty tw th obj` of each head, then the classes in
-    global order. Buffers `head_of (nc,)`, `anchors (levels, A, 2)` px. A partition is checked where it is made; a number of maps that
+    `partition` says which class belongs to which head; `channels` are those of the trunk's maps; `implicit`
+    adds the vectors of
+    YOLOv7. Maps (B, C, H, W) become raw maps (B, A (5 nh + nc), H, W): per anchor `tx ty tw th obj` of each
+    head, then the classes in
+    global order. Buffers `head_of (nc,)`, `anchors (levels, A, 2)` px. A partition is checked where it is made;
+    a number of maps that
     is not 3 raises `ValueError`. Source: own; for one head Wang, Bochkovskiy, Liao 2022.
     """
     def __init__(self, partition, channels, implicit=False, anchors=ANCHORS, strides=STRIDES):
@@ -65,8 +68,9 @@ class MultiHead(nn.Module):
         self.register_buffer("anchors", torch.as_tensor(anchors, dtype=torch.float32))
         self.na, self.rows = self.anchors.shape[1], 5 * self.nh + self.nc
         self.m = nn.ModuleList(nn.Conv2d(c, self.na * self.rows, 1) for c in channels)
-        self.ia = nn.ParameterList(torch.randn(1, c, 1, 1) * .02 for c in channels) if implicit else None
-        self.im = nn.ParameterList(1 + torch.randn(1, self.na * self.rows, 1, 1) * .02 for _ in channels) if implicit else None
+        def noise(sizes): return [torch.randn(1, n, 1, 1) * .02 for n in sizes]
+        self.ia = nn.ParameterList(noise(channels)) if implicit else None
+        self.im = nn.ParameterList(1 + n for n in noise([self.na * self.rows] * len(channels))) if implicit else None
         self.init_bias()
 
     @torch.no_grad()
@@ -83,7 +87,8 @@ class MultiHead(nn.Module):
 class Detector(nn.Module):
     """A trunk and its heads: pictures (B, 3, H, W) in 0..1 to one raw map a level.
 
-    `trunk` a `Trunk`, `head` a `MultiHead` for its channels. `detect(pictures, **limits)` answers with `Detections`. Sides that are
+    `trunk` a `Trunk`, `head` a `MultiHead` for its channels. `detect(pictures, **limits)` answers with
+    `Detections`. Sides that are
     not multiples of 32 raise `ValueError`. Source: own.
     """
     def __init__(self, trunk, head):
@@ -132,7 +137,8 @@ def decode(raws, head):
     sizes = [v.shape[1:4].numel() for v in views]
     boxes = raws[0].new_empty(len(raws[0]), sum(sizes), head.nh, 4)
     scores = raws[0].new_empty(len(raws[0]), sum(sizes), head.nc)
-    for v, box, score, anchor, stride in zip(views, boxes.split(sizes, 1), scores.split(sizes, 1), head.anchors, head.strides):
+    outs = boxes.split(sizes, 1), scores.split(sizes, 1)
+    for v, box, score, anchor, stride in zip(views, *outs, head.anchors, head.strides):
         s, (gy, gx) = v.sigmoid(), (torch.arange(n, device=v.device) for n in v.shape[2:4])
         own, prob = s[..., :5 * head.nh].unflatten(-1, (head.nh, 5)), s[..., 5 * head.nh:]
         cell = torch.stack(torch.meshgrid(gx, gy, indexing="xy"), -1)[:, :, None]
@@ -148,7 +154,8 @@ def decode(raws, head):
 class Detections(NamedTuple):
     """Answers for a batch, flat: by picture, best first.
 
-    `image (n,)` position in the batch, `box (n, 4)` xyxy px of the input, `score (n,)`, `label (n,)` class id. Raises nothing. Source: own.
+    `image (n,)` position in the batch, `box (n, 4)` xyxy px of the input, `score (n,)`, `label (n,)` class id.
+    Raises nothing. Source: own.
     """
     image: torch.Tensor
     box: torch.Tensor
@@ -228,7 +235,8 @@ def split_heads(model, partition):
     Returns
     -------
     Detector
-        Rows gathered, implicit vectors with them; equal scores and boxes, bit by bit up to the rounding of a wider product.
+        Rows gathered, implicit vectors with them; equal scores and boxes, bit by bit up to the rounding of a
+        wider product.
 
     Raises
     ------
@@ -240,23 +248,24 @@ def split_heads(model, partition):
     own; compare Net2Net (Chen, Goodfellow, Shlens 2015).
     """
     old = model.head
-    if partition.names != old.partition.names: raise ValueError("split_heads: the partition is of other classes than the model's")
+    if partition.names != old.partition.names:
+        raise ValueError("split_heads: the partition is of other classes than the model's")
     parents = [sorted({int(old.head_of[c]) for c in h.classes}) for h in partition.heads]
     for h, p in zip(partition.heads, parents):
-        if len(p) > 1: raise ValueError(f"split_heads: head '{h.name}' mixes classes of heads {p}; merge or retrain these first")
+        if len(p) > 1: raise ValueError(f"split_heads: head '{h.name}' mixes classes of heads {p}; merge these first")
     box_rows = torch.tensor([5 * p + r for p, in parents for r in range(5)])
     rows = torch.cat([box_rows, 5 * old.nh + torch.arange(old.nc)])
     rows = (torch.arange(old.na)[:, None] * old.rows + rows).flatten().to(old.head_of.device)
     new = MultiHead(partition, [m.in_channels for m in old.m], old.ia is not None, old.anchors, old.strides)
-    state = {k: v[:, rows] if k.startswith("im.") else v[rows] if k.startswith("m.") else v for k, v in old.state_dict().items()}
-    new.load_state_dict(state)
+    pick = {"m": lambda v: v[rows], "im": lambda v: v[:, rows]}
+    new.load_state_dict({k: pick.get(k.split(".")[0], lambda v: v)(v) for k, v in old.state_dict().items()})
     twin = Detector(copy.deepcopy(model.trunk), new.to(old.head_of.device)).train(model.training)
     return twin.to(memory_format=torch.channels_last)
 
 # %% ../nbs/08_heads.ipynb #080c7bb7
 def _head_rows(partition):
     "Row numbers of each head inside one anchor's rows: its own five, then its classes."
-    return [[5 * h + r for r in range(5)] + [5 * partition.nh + c for c in head.classes] for h, head in enumerate(partition.heads)]
+    return [[*range(5 * h, 5 * h + 5), *(5 * partition.nh + c for c in head.classes)] for h, head in enumerate(partition.heads)]
 
 def to_foreign(model, fused=None):
     """Weights under the reference's names.
@@ -284,16 +293,19 @@ def to_foreign(model, fused=None):
     out = {f"model.{i}.{k}": v for i, conv in model.trunk.layers() for k, v in conv.state_dict().items()}
     head, fused = model.head, model.head.nh == 1 if fused is None else fused
     if not fused and head.ia is not None: raise ValueError("to_foreign: heads stored apart have no implicit vectors")
+    rows = _head_rows(head.partition)
     grid = head.anchors / torch.tensor(head.strides, device=head.anchors.device)[:, None, None]
     out |= {"model.77.anchors": grid, "model.77.anchor_grid": head.anchors.view(len(head.m), 1, -1, 1, 1, 2)}
     for l, conv in enumerate(head.m):
         for k, v in conv.state_dict().items():
             if fused: out[f"model.77.m.{l}.{k}"] = v
-            else: out |= {f"model.77.heads.{h}.{l}.{k}": v.view(head.na, head.rows, *v.shape[1:])[:, rows].flatten(0, 1)
-                          for h, rows in enumerate(_head_rows(head.partition))}
-        if head.ia is not None: out |= {f"model.77.ia.{l}.implicit": head.ia[l].data, f"model.77.im.{l}.implicit": head.im[l].data}
+            else: out |= {f"model.77.heads.{h}.{l}.{k}": v.unflatten(0, (head.na, -1))[:, r].flatten(0, 1)
+                          for h, r in enumerate(rows)}
+        for kind in ("ia", "im") if head.ia is not None else ():
+            out[f"model.77.{kind}.{l}.implicit"] = getattr(head, kind)[l].data
     return out
 
+# %% ../nbs/08_heads.ipynb #ab537db1
 def read_tensors(path):
     """Named tensors of a file; no code in it is run.
 
@@ -323,10 +335,12 @@ def read_tensors(path):
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError: pass
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"{path}: not tensors alone (safetensors, or torch weights): {str(e).split('.')[0]}") from None
+    except Exception as e:                               # whatever a broken or hostile file makes torch raise
+        raise ValueError(f"{path}: not tensors alone (safetensors, torch weights): {str(e).split('.')[0]}") from None
     for key in ("ema", "model", "state_dict"): state = state[key] if isinstance(state.get(key), dict) else state
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
+# %% ../nbs/08_heads.ipynb #31657c5c
 @torch.no_grad()
 def load_foreign(source, partition):
     """A detector from weights with the reference's names.
@@ -354,12 +368,18 @@ def load_foreign(source, partition):
     """
     state = source if isinstance(source, dict) else read_tensors(source)
     where = "tensors" if isinstance(source, dict) else str(source)
-    if "model.0.conv.weight" not in state: raise ValueError(f"{where}: no 'model.0.conv.weight'; not a detector of this family")
+    if "model.0.conv.weight" not in state:
+        raise ValueError(f"{where}: no 'model.0.conv.weight'; not a detector of this family")
     model = Detector.make(partition, len(state["model.0.conv.weight"]) / 32, "model.77.ia.0.implicit" in state)
     want = to_foreign(model, "model.77.m.0.weight" in state)
     for k in want.keys() | state.keys():
         a, b = (tuple(d[k].shape) if k in d else None for d in (state, want))
-        if a != b: raise ValueError(f"{where}: '{k}' is {a or 'missing'}, a detector of {partition.sizes} classes has {b or 'none'}")
+        if a != b: raise ValueError(f"{where}: '{k}' is {a or 'missing'}, a detector of {partition.nc} classes has {b}")
+    _fill(model, state, _head_rows(partition))
+    return model.eval()
+
+def _fill(model, state, rows):
+    "Copy tensors with the reference's names into a detector."
     for i, conv in model.trunk.layers(): conv.load_state_dict({k: state[f"model.{i}.{k}"] for k in conv.state_dict()})
     head = model.head
     head.anchors.copy_(state["model.77.anchor_grid"].view_as(head.anchors))
@@ -367,12 +387,10 @@ def load_foreign(source, partition):
         for k, v in conv.state_dict().items():
             if f"model.77.m.{l}.{k}" in state: v.copy_(state[f"model.77.m.{l}.{k}"])
             else:
-                for h, rows in enumerate(_head_rows(partition)):
-                    v.view(head.na, head.rows, *v.shape[1:])[:, rows] = state[f"model.77.heads.{h}.{l}.{k}"].unflatten(0, (head.na, -1))
-        if head.ia is not None:
-            head.ia[l].copy_(state[f"model.77.ia.{l}.implicit"])
-            head.im[l].copy_(state[f"model.77.im.{l}.implicit"])
-    return model.eval()
+                for h, r in enumerate(rows):
+                    v.unflatten(0, (head.na, -1))[:, r] = state[f"model.77.heads.{h}.{l}.{k}"].unflatten(0, (head.na, -1))
+        for kind in ("ia", "im") if head.ia is not None else ():
+            getattr(head, kind)[l].copy_(state[f"model.77.{kind}.{l}.implicit"])
 
 # %% ../nbs/08_heads.ipynb #2a5b802d
 @torch.no_grad()

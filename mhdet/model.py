@@ -94,8 +94,10 @@ STAGES = dict(stem=[0, 1], p2=[2, 3, 4, 5, 7], p3=[9, 10, 11, 12, 14], p4=[16, 1
 class Trunk(nn.Module):
     """YOLOv7-tiny without its detect layer: a picture to three maps.
 
-    `width` multiplies every channel count (kept a multiple of 8); `norm` as in `make_norm`. Input (B, 3, H, W) in 0..1, H and W
-    multiples of 32 (`ValueError` otherwise); output P3, P4, P5 of strides 8, 16, 32 with `channels` channels. `layers()` yields
+    `width` multiplies every channel count (kept a multiple of 8); `norm` as in `make_norm`. Input (B, 3, H, W)
+    in 0..1, H and W
+    multiples of 32 (`ValueError` otherwise); output P3, P4, P5 of strides 8, 16, 32 with `channels` channels.
+    `layers()` yields
     (number in the layer table, Conv). Source: Wang, Bochkovskiy, Liao 2022.
     """
     def __init__(self, width=1., norm="bn"):
@@ -104,7 +106,8 @@ class Trunk(nn.Module):
         def conv(i, o, k=1, stride=1): return Conv(c(i), c(o), k, stride, norm)
         def elan(i, m, o): return ELAN(c(i), c(m), c(o), norm)
         self.stem = nn.Sequential(Conv(3, c(32), 3, 2, norm), conv(32, 64, 3, 2))
-        self.p2, self.p3, self.p4, self.p5 = elan(64, 32, 64), elan(64, 64, 128), elan(128, 128, 256), elan(256, 256, 512)
+        self.p2, self.p3 = elan(64, 32, 64), elan(64, 64, 128)
+        self.p4, self.p5 = elan(128, 128, 256), elan(256, 256, 512)
         self.spp = SPPCSP(c(512), c(256), norm)
         self.up4 = nn.ModuleList([conv(256, 128), conv(256, 128), elan(256, 64, 128)])
         self.up3 = nn.ModuleList([conv(128, 64), conv(128, 64), elan(128, 32, 64)])
@@ -114,7 +117,8 @@ class Trunk(nn.Module):
         self.channels = [c(128), c(256), c(512)]
 
     def forward(self, x):
-        if x.shape[-1] % 32 or x.shape[-2] % 32: raise ValueError(f"picture sides must be multiples of 32 px, got {tuple(x.shape)}")
+        if x.shape[-1] % 32 or x.shape[-2] % 32:
+            raise ValueError(f"picture sides must be multiples of 32 px, got {tuple(x.shape)}")
         p3 = self.p3(max_pool2d(self.p2(self.stem(x)), 2))
         p4 = self.p4(max_pool2d(p3, 2))
         n5 = self.spp(self.p5(max_pool2d(p4, 2)))

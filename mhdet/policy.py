@@ -45,7 +45,8 @@ def param_groups(model, lr, weight_decay):
     for name, p in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         kinds["bias" if last == "bias" else "weight" if last == "weight" and p.ndim > 1 else "norm"].append(p)
-    groups = [dict(params=ps, kind=k, lr=lr, weight_decay=weight_decay * (k == "weight")) for k, ps in kinds.items() if ps]
+    decay = {"weight": weight_decay}
+    groups = [dict(params=ps, kind=k, lr=lr, weight_decay=decay.get(k, 0.)) for k, ps in kinds.items() if ps]
     if not groups: raise ValueError(f"{type(model).__name__} has no parameters")
     return groups
 
@@ -76,9 +77,10 @@ def sgd(model, lr, momentum=.937, weight_decay=5e-4):
 class Schedule(Callback):
     """Learning rate and momentum of every step: warm-up, then a half cosine to `lr * lrf`, or constant.
 
-    `warmup` in epochs, at most a tenth of the run; meanwhile the rate rises to `lr`, momentum from `warmup_momentum` to
-    `momentum`, and the rate of groups of kind `bias` comes down from min(`warmup_bias_lr`, 10 lr). `at` is the pure function behind it.
-    `kind` is `cosine` or `constant` (`ValueError` otherwise). Source: the YOLOv7-tiny recipe; Loshchilov and Hutter 2017.
+    `warmup` in epochs, at most a tenth of the run; meanwhile the rate rises to `lr`, momentum from
+    `warmup_momentum` to `momentum`, and the rate of groups of kind `bias` comes down from min(`warmup_bias_lr`, 10
+    lr). `at` is the pure function behind it. `kind` is `cosine` or `constant` (`ValueError` otherwise). Source: the
+    YOLOv7-tiny recipe; Loshchilov and Hutter 2017.
     """
     def __init__(self, lr, lrf=.01, warmup=3., kind="cosine", momentum=.937, warmup_momentum=.8, warmup_bias_lr=.1):
         if kind not in ("cosine", "constant"): raise ValueError(f"schedule={kind}: allowed are cosine, constant")
@@ -104,9 +106,10 @@ class Schedule(Callback):
 class EMA(Callback):
     """An exponential moving average of the model, which becomes `learner.ema`: the one that is judged and kept.
 
-    After optimiser step n the average moves by 1 - d towards the model, d = decay (1 - exp(-n / tau)); floating buffers (running
-    statistics) like weights, whole numbers are copied. `model` is copied when the callback is made. A decay outside [0, 1) is a
-    `ValueError`. Source: Polyak and Juditsky 1992; the ramp is that of the YOLOv7 recipe.
+    After optimiser step n the average moves by 1 - d towards the model, d = decay (1 - exp(-n / tau)); floating
+    buffers (running statistics) like weights, whole numbers are copied. `model` is copied when the callback is
+    made. A decay outside [0, 1) is a `ValueError`. Source: Polyak and Juditsky 1992; the ramp is that of the YOLOv7
+    recipe.
     """
     def __init__(self, model, decay=.9999, tau=2000):
         if not 0 <= decay < 1: raise ValueError(f"ema={decay}: a decay in [0, 1) is due")
@@ -132,9 +135,10 @@ class EMA(Callback):
 class FreezeStages(Callback):
     """Keeps parts of a model exactly as they are: no gradients, and normalisation in its eval form.
 
-    `parts` is an ordered dict name -> module, or layer number -> module. `until` says which: a number N, all layers with a
-    smaller number; a name, this part and all before it; a list, exactly those. `frozen` are the modules. An unknown name or number raises
-    `ValueError` with the known ones. Source: own; layer numbers as in the `freeze N` of YOLO trainers.
+    `parts` is an ordered dict name -> module, or layer number -> module. `until` says which: a number N, all layers
+    with a smaller number; a name, this part and all before it; a list, exactly those. `frozen` are the modules. An
+    unknown name or number raises `ValueError` with the known ones. Source: own; layer numbers as in the `freeze N`
+    of YOLO trainers.
     """
     def __init__(self, parts, until):
         known = list(parts)
@@ -154,12 +158,14 @@ class FreezeStages(Callback):
 class Recorder(Callback):
     """One row of a `JsonLog` an epoch, also left in `learner.row`.
 
-    Keys: `epoch` (finished ones), `steps`, `lr`, `train/NAME` of every loss term (mean over batches; `train/loss` per picture),
-    `seconds` of training, `pictures_per_s`, `busy` (share of the time not spent waiting for data), then those of
-    `evaluate(learner)`, a dict of JSON values, called every `every` epochs and after the last, with `eval_seconds`. Errors are those of
-    `evaluate` and of the log's file. Source: own.
+    Keys: `epoch` (finished ones), `steps`, `lr`, `train/NAME` of every loss term (mean over batches; `train/loss`
+    per picture), `seconds` of training, `pictures_per_s`, `busy` (share of the time not spent waiting for data),
+    then those of `evaluate(learner)`, a dict of JSON values, called every `every` epochs and after the last, with
+    `eval_seconds`. Errors are those of `evaluate` and of the log's file. Source: own.
     """
-    def __init__(self, log, evaluate=None, every=1): self.log, self.evaluate, self.every, self.past = log, evaluate, every, {}
+    def __init__(self, log, evaluate=None, every=1):
+        self.log, self.evaluate, self.every = log, evaluate, every
+        self.past, self.sums, self.batches = {}, None, 0
 
     def before_fit(self, learner):
         rows = self.log.rows()
@@ -178,9 +184,10 @@ class Recorder(Callback):
 
     def after_epoch(self, learner):
         sums, seconds = self.sums.tolist(), time.perf_counter() - self.start
-        means = {f"train/{k}": v / (self.pictures if k == "loss" else self.batches) for k, v in zip(learner.names, sums)}
+        share = lambda k: self.pictures if k == "loss" else self.batches
+        means = {f"train/{k}": v / share(k) for k, v in zip(learner.names, sums)}
         row = dict(epoch=learner.epoch, steps=learner.steps, lr=learner.optimizer.param_groups[0]["lr"], **means,
-                   seconds=seconds, pictures_per_s=self.pictures / seconds, busy=1 - min(learner.waited / seconds, 1.))
+                   seconds=seconds, pictures_per_s=self.pictures / seconds, busy=max(0., 1 - learner.waited / seconds))
         if self.evaluate and (learner.epoch % self.every == 0 or learner.epoch >= learner.epochs):
             start = time.perf_counter()
             row |= self.evaluate(learner)
@@ -189,8 +196,9 @@ class Recorder(Callback):
         learner.row, self.sums, self.batches = row, None, 0
 
     def state_dict(self):
-        if not getattr(self, "batches", 0): return {}
-        return dict(sums=self.sums, batches=self.batches, pictures=self.pictures, seconds=time.perf_counter() - self.start)
+        if not self.batches: return {}
+        seconds = time.perf_counter() - self.start
+        return dict(sums=self.sums, batches=self.batches, pictures=self.pictures, seconds=seconds)
 
     def load_state_dict(self, state): self.past = state
 
@@ -217,18 +225,20 @@ def rewrite(path, rows):
 class Checkpoint(Callback):
     """Stores `run/last` (whole state), `run/best` and `run/epoch_NNN` (judged weights, key `model`).
 
-    `last` after every epoch, every `save_steps` optimiser steps, and when a fit is stopped; `best` when `learner.row[best]` is a
-    new largest; `epoch_NNN` every `keep_every` epochs. `meta` (JSON) is stored with each, joined by epoch, batch, steps and
-    row. To be put last in the list, so that what the others changed is stored. `OSError` when a state cannot be written; the one before stays.
-    Source: own.
+    `last` after every epoch, every `save_steps` optimiser steps, and when a fit is stopped; `best` when
+    `learner.row[best]` is a new largest; `epoch_NNN` every `keep_every` epochs. `meta` (JSON) is stored with each,
+    joined by epoch, batch, steps and row. To be put last in the list, so that what the others changed is stored.
+    `OSError` when a state cannot be written; the one before stays. Source: own.
     """
     def __init__(self, run, keep_every=0, save_steps=0, best=None, meta=None):
-        self.run, self.keep_every, self.save_steps, self.key, self.meta = Path(run), keep_every, save_steps, best, meta or {}
+        self.run, self.key, self.meta = Path(run), best, meta or {}
+        self.keep_every, self.save_steps = keep_every, save_steps
         self.value = self.at = None
 
     def put(self, learner, name, tree):
         if not learner.accelerator.is_main_process: return
-        save(self.run / name, tree, self.meta | dict(epoch=learner.epoch, batch=learner.batch, steps=learner.steps, row=learner.row))
+        place = dict(epoch=learner.epoch, batch=learner.batch, steps=learner.steps, row=learner.row)
+        save(self.run / name, tree, self.meta | place)
 
     def save_last(self, learner):
         self.at = learner.epoch, learner.batch
@@ -257,7 +267,8 @@ class Checkpoint(Callback):
 class Deadline(Callback):
     """Stops a fit, in good order, after `max_hours` of wall clock; `learner.stopped` is `max_hours`.
 
-    Counted anew in each process. Put before `Checkpoint`. A limit that is not positive raises `ValueError`. Source: own.
+    Counted anew in each process. Put before `Checkpoint`. A limit that is not positive raises `ValueError`. Source:
+    own.
     """
     def __init__(self, max_hours):
         if not max_hours > 0: raise ValueError(f"max_hours={max_hours}: more than 0 is due")

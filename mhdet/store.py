@@ -76,7 +76,7 @@ def flatten(tree, path=""):
     if isinstance(tree, torch.Tensor): return {path: tree}, {"$tensor": path}
     if isinstance(tree, (str, int, float, bool, type(None))): return {}, tree
     if not isinstance(tree, (dict, list, tuple)):
-        raise TypeError(f"{path}: {type(tree).__name__} cannot be stored; allowed are tensors, text, numbers, dicts, lists")
+        raise TypeError(f"{path}: {type(tree).__name__} cannot be stored; tensors, text, numbers, dicts, lists can")
     tensors, items = {}, []
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         named, rest = flatten(value, f"{path}/{key}" if path else str(key))
@@ -165,7 +165,8 @@ def read_head(path, slot):
     try:
         body = json.loads(file.read_bytes())
         if body.pop("seal") != seal(body): raise ValueError("contents do not match their seal")
-    except (ValueError, KeyError, AttributeError, TypeError) as e: raise ValueError(f"{file}: damaged ({e})") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ValueError(f"{file}: damaged ({e})") from None
     return body | {"slot": slot}
 
 def newest_intact(path):

@@ -1,0 +1,149 @@
+"""A run is killed, interrupted or starved of disk, and goes on. This file is also the program that is killed."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from mhdet.core import JsonLog, set_seed
+from mhdet.learner import Callback, Learner
+from mhdet.policy import EMA, Checkpoint, Recorder, Schedule, sgd
+from mhdet.store import load, read_meta, resume_state
+
+EPOCHS, BATCHES = 4, 12
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Points(Dataset):
+    "Noisy points; each is drawn by (epoch, index), so nothing depends on who draws it."
+
+    def __getitem__(self, key):
+        g = torch.Generator().manual_seed(1000 * key[0] + key[1])
+        x = torch.randn(8, generator=g)
+        return x, (x.sum() > 0).long()
+
+
+class Batches:
+    "Lists of (epoch, index) from a batch on."
+    epoch = start = 0
+
+    def set_epoch(self, epoch, start): self.epoch, self.start = epoch, start
+    def __len__(self): return BATCHES
+    def __iter__(self):
+        for k in range(self.start, BATCHES): yield [(self.epoch, 8 * k + i) for i in range(8)]
+
+
+class Slow(Callback):
+    "Time for somebody to kill it."
+
+    def __init__(self, seconds): self.seconds = seconds
+    def before_batch(self, learner): time.sleep(self.seconds)
+
+
+def toy_learner(run, pause=0., workers=0):
+    "A net with dropout and batch-norm, everything that keeps a state, a checkpoint every second step."
+    torch.set_num_threads(1)
+    set_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.2), nn.Linear(16, 2))
+    entropy = lambda out, t: {"loss": nn.functional.cross_entropy(out, t, reduction="sum")}
+    loader = DataLoader(Points(), batch_sampler=Batches(), num_workers=workers)
+    callbacks = [EMA(model, .97, tau=20), Schedule(.01), Recorder(JsonLog(run / "log.jsonl")),
+                 Checkpoint(run, save_steps=2), Slow(pause)]
+    return Learner(model, entropy, sgd(model, .01), loader, callbacks, device="cpu", accumulate=2)
+
+
+def main(run, pause, workers):
+    learner = toy_learner(run, pause, workers)
+    resume_state(run / "last", learner)
+    print("from", learner.epoch, learner.batch, flush=True)
+    learner.fit(EPOCHS)
+    return {"SIGINT": 130, "SIGTERM": 143, None: 0}[learner.stopped]
+
+
+def start(run, pause=0., workers=0):
+    command = [sys.executable, __file__, str(run), str(pause), str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                            start_new_session=True)
+
+
+def wait_for(run, steps, seconds=60):
+    "Until a stored state has at least so many steps."
+    limit = time.monotonic() + seconds
+    while read_meta(run / "last").get("steps", -1) < steps:
+        assert time.monotonic() < limit, "no checkpoint appeared"
+        time.sleep(.01)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The state that an uninterrupted run ends with, and its log."
+    run = tmp_path_factory.mktemp("whole")
+    assert start(run).wait(60) == 0
+    return load(run / "last")[0], JsonLog(run / "log.jsonl").rows()
+
+
+def same(run, whole):
+    "The run ended at the same bits, with the same log."
+    tree, rows = load(run / "last")[0], JsonLog(run / "log.jsonl").rows()
+    assert tree["position"] == dict(epoch=EPOCHS, batch=0, steps=EPOCHS * BATCHES // 2)
+    for part in ("model", "ema"):
+        for k, v in whole[0][part].items(): assert torch.equal(v, tree[part][k]), f"{part}/{k}"
+    assert [(r["epoch"], r["train/loss"]) for r in rows] == [(r["epoch"], r["train/loss"]) for r in whole[1]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_twice_and_finished(tmp_path, whole, workers):
+    for steps in (3, 15):                                  # in the first and in the third epoch
+        process = start(tmp_path, .03, workers)
+        wait_for(tmp_path, steps)
+        time.sleep(random.random() * .1)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert read_meta(tmp_path / "last")["epoch"] < EPOCHS
+    process = start(tmp_path, 0., workers)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.split()[:2] in (["from", "2"], ["from", "3"])
+    same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_first(tmp_path, whole, number, code):
+    process = start(tmp_path, .03)
+    wait_for(tmp_path, 8)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    stopped = read_meta(tmp_path / "last")
+    assert 8 <= stopped["steps"] < EPOCHS * BATCHES // 2
+    assert start(tmp_path).wait(60) == 0
+    same(tmp_path, whole)
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, whole):
+    process = start(tmp_path, .03, workers=1)
+    wait_for(tmp_path, 8)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert start(tmp_path).wait(60) == 0
+    same(tmp_path, whole)
+
+
+def test_full_disk_keeps_the_old_state(tmp_path, monkeypatch):
+    learner = toy_learner(tmp_path).fit(1)
+    before = load(tmp_path / "last")
+    def full(_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    learner.callbacks = [cb for cb in learner.callbacks if not isinstance(cb, Recorder)]
+    with pytest.raises(OSError, match="the disk is full; what was there before is unchanged"): learner.fit(2)
+    after = load(tmp_path / "last")
+    assert after[1] == before[1] and not list(tmp_path.rglob("*.part"))
+    for k, v in before[0]["model"].items(): assert torch.equal(v, after[0]["model"][k])
+
+
+if __name__ == "__main__": sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
