@@ -216,9 +216,12 @@ def nms(boxes, scores, groups, iou=.65):
 
     References
     ----------
-    torchvision.ops.batched_nms
+    torchvision.ops.nms
     """
-    return torchvision.ops.batched_nms(four(boxes).float(), scores.float(), groups, iou)
+    boxes, scores, order = four(boxes).float(), scores.float(), groups.argsort(stable=True)
+    parts = order.split(torch.unique_consecutive(groups[order], return_counts=True)[1].tolist())
+    keep = torch.cat([order[:0], *(p[torchvision.ops.nms(boxes[p], scores[p], iou)] for p in parts)])
+    return keep[scores[keep].argsort(descending=True, stable=True)]
 
 # %% ../nbs/01_boxes.ipynb #c55fea79
 def letterbox(image, size):
@@ -233,7 +236,8 @@ def letterbox(image, size):
     Returns
     -------
     tuple
-        The picture (3, size, size), of the kind given, and `(sx, sy, dx, dy)`: `x_square = x * sx + dx`, `y` likewise.
+        The picture (3, size, size), of the kind given, and `(sx, sy, dx, dy)`: `x_square = x * sx + dx`, `y`
+        likewise.
 
     Raises
     ------

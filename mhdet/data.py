@@ -513,7 +513,7 @@ def _layout(path):
     "What kind of data set lies at a path: the splits it has, and how to read one."
     if str(path).split(":")[0] == "toy":
         n = int(str(path).partition(":")[2] or 1500)
-        return ["train", "val"], lambda s: toy_dataset(n, 0) if s == "train" else toy_dataset(400, 1)
+        return ["train", "val"], lambda s: toy_dataset(n, 0) if s == "train" else toy_dataset(n * 4 // 15 + 1, 1)
     path = Path(path)
     if path.is_file():
         spec = read_yaml(path)
@@ -529,7 +529,7 @@ def open_data(path="toy", split=None, dev=.15):
     Parameters
     ----------
     path : str or Path
-        `toy` (1,500 + 400 drawn pictures; `toy:600` for another number of training pictures); a YOLO YAML; a YAML whose only
+        `toy` (1,500 + 401 drawn pictures; `toy:600`: 600 and as large a share); a YOLO YAML; a YAML whose only
         `path` names a folder; a COCO folder (`annotations/*train*.json`, `*val*.json`); a VOC folder.
     split : str, optional
         Only this one of `train`, `dev`, `val`.

@@ -153,7 +153,8 @@ def make_loss(cfg, model):
     own
     """
     t, head = cfg.train, model.head
-    gains = dict(box_gain=t.box_gain, obj_gain=t.obj_gain * (cfg.data.imgsz / 640) ** 2, cls_gain=t.cls_gain * head.nc / 80)
+    obj_gain, cls_gain = t.obj_gain * (cfg.data.imgsz / 640) ** 2, t.cls_gain * head.nc / 80
+    gains = dict(box_gain=t.box_gain, obj_gain=obj_gain, cls_gain=cls_gain)
     same = ("reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
     options = gains | {k: getattr(t, k) for k in same}
     return RoutedLoss(head.partition, head.anchors.tolist(), head.strides, **options)
@@ -370,7 +371,8 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False):
         names, n = dev.records.names, len(dev)
         found = evaluate(dev.records.gt, dt, names, n, ("coco",))["coco"]
         p, r = precision_recall(dev.records.gt, dt, len(names))
-        return {f"dev/{k}": facts[k] for k in ("box", "obj", "cls")} | dict(AP50=found["AP50"], AP=found["AP"]) | dict(P=p, R=r)
+        terms = {f"dev/{k}": facts[k] for k in ("box", "obj", "cls")}
+        return terms | dict(AP50=found["AP50"], AP=found["AP"], P=p, R=r)
     parts = dict(model.trunk.layers()) if isinstance(t.freeze, int) else dict(model.trunk.named_children())
     show = ("train/box", "train/obj", "train/cls", "AP50")
     wanted = [Schedule(t.lr, t.lrf, t.warmup, t.schedule, t.momentum),
@@ -474,7 +476,8 @@ def load_runs(root="runs"):
         state = "finished" if epoch >= epochs else env.get("stopped") or "running"
         eta = (epochs - epoch) * last.get("seconds", np.nan) / 60
         table.append((str(run.relative_to(root)), state, epoch, epochs, eta, ap[-1], max(ap),
-                      last.get("pictures_per_s", np.nan), load_heads(run / "heads.yaml").nh, cfg.train.seed, env["commit"]))
+                      last.get("pictures_per_s", np.nan), load_heads(run / "heads.yaml").nh, cfg.train.seed,
+                      env["commit"]))
     columns = "run state epoch epochs eta_min AP50 best pictures_per_s nh seed commit".split()
     return pd.DataFrame(table, columns=columns).sort_values("best", ascending=False, ignore_index=True)
 

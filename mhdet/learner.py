@@ -8,7 +8,6 @@ __all__ = ['PRECISION', 'make_accelerator', 'StopFit', 'NonFinite', 'Callback', 
 
 # %% ../nbs/11_learner.ipynb #6311e90c
 import contextlib, signal, threading, time
-from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -217,11 +216,13 @@ def batches_from(loader, epoch, start):
     ----------
     own
     """
-    for part in (loader, getattr(loader, "batch_sampler", None)):
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch, start)
-            return iter(loader)
-    return islice(loader, start, None)
+    able = [p for p in (loader, getattr(loader, "batch_sampler", None)) if hasattr(p, "set_epoch")]
+    if able: able[0].set_epoch(epoch, start)
+    # a torch loader draws a seed when an epoch begins: in the middle of one that draw was made, and is in the stored streams
+    with torch.random.fork_rng(devices=[], enabled=start > 0):
+        batches = iter(loader)
+        for _ in range(0 if able else start): next(batches)
+    return batches
 
 @contextlib.contextmanager
 def noting_signals(note):

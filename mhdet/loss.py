@@ -164,12 +164,13 @@ def _places(m): return zip(*(v.split(m.sizes) for v in (m.image, m.anchor, m.gy,
 def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].permute(4, 0, 2, 3, 1)          # (nh, B, H, W, A)
 
 class _Take(Function):
-    "Raw maps -> rows of the positives (n, R) and the objectness of each level (nh, B*H*W*A), float32."
+    "Raw maps -> rows of the positives (n, R) and the objectness of each level (nh, B, H, W, A), float32, copies."
     @staticmethod
     def forward(ctx, m, na, nh, *raws):
         ctx.args, ctx.like, ctx.device = (m, na, nh), [torch.empty_like(r, device="meta") for r in raws], raws[0].device
         rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, _places(m))])
-        return rows.float(), *(_objectness(r, na, nh).float().contiguous().view(nh, -1) for r in raws)
+        fresh = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return rows.float(), *(_objectness(r, na, nh).to(**fresh) for r in raws)
 
     @staticmethod
     def backward(ctx, *grads): return None, None, None, *_Put.apply(ctx.args, ctx.like, ctx.device, *grads)
@@ -181,8 +182,7 @@ class _Put(Function):
         ctx.args, (m, na, nh) = args, args
         out = [torch.zeros_like(x, device=device) for x in like]
         for raw, o, r, at in zip(out, obj, rows.split(m.sizes), _places(m)):
-            slot = _objectness(raw, na, nh)
-            slot.copy_(o.view(slot.shape))
+            _objectness(raw, na, nh).copy_(o)
             as_rows(raw, na).index_put_(at, r.to(raw.dtype), accumulate=True)
         return tuple(out)
 
@@ -205,6 +205,7 @@ def _last(key, size):
 
 def _presence(loss, obj, logits, quality, head, m):
     "Objectness price by level and head, (L, nh), before level balance and head weight."
+    obj = [o.flatten(1) for o in obj]                                             # (nh, cells and anchors of a level)
     (n, nh), counts = logits.shape, [o.shape[1] for o in obj]
     for o, cell in zip(obj, m.cell.split(m.sizes)): o.index_fill_(1, cell, -torch.inf)   # price and slope 0, exactly
     start = m.cell.new_tensor([0, *counts[:-1]]).cumsum(0)

@@ -85,7 +85,7 @@ def wait_for(run, steps, seconds=60):
 def whole(tmp_path_factory):
     "The state that an uninterrupted run ends with, and its log."
     run = tmp_path_factory.mktemp("whole")
-    assert start(run).wait(60) == 0
+    assert main(run, 0., 0) == 0
     return load(run / "last")[0], JsonLog(run / "log.jsonl").rows()
 
 
@@ -98,39 +98,27 @@ def same(run, whole):
     assert [(r["epoch"], r["train/loss"]) for r in rows] == [(r["epoch"], r["train/loss"]) for r in whole[1]]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_killed_twice_and_finished(tmp_path, whole, workers):
-    for steps in (3, 15):                                  # in the first and in the third epoch
-        process = start(tmp_path, .03, workers)
-        wait_for(tmp_path, steps)
-        time.sleep(random.random() * .1)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert read_meta(tmp_path / "last")["epoch"] < EPOCHS
-    process = start(tmp_path, 0., workers)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and out.split()[:2] in (["from", "2"], ["from", "3"])
-    same(tmp_path, whole)
+@pytest.mark.parametrize("workers, number, code", [(0, signal.SIGTERM, 143), (1, signal.SIGINT, 130)])
+def test_killed_then_stopped_then_finished(tmp_path, whole, workers, number, code):
+    process = start(tmp_path, .03, workers)
+    wait_for(tmp_path, 3)                                  # in the first epoch
+    time.sleep(random.random() * .1)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    killed = read_meta(tmp_path / "last")
+    assert killed["epoch"] < EPOCHS
 
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_first(tmp_path, whole, number, code):
-    process = start(tmp_path, .03)
-    wait_for(tmp_path, 8)
-    process.send_signal(number)
+    process = start(tmp_path, .03, workers)
+    wait_for(tmp_path, 15)                                 # in the third
+    if workers: os.killpg(process.pid, number)             # Ctrl-C in a terminal goes to the workers too
+    else: process.send_signal(number)
     assert process.wait(60) == code
     stopped = read_meta(tmp_path / "last")
-    assert 8 <= stopped["steps"] < EPOCHS * BATCHES // 2
-    assert start(tmp_path).wait(60) == 0
-    same(tmp_path, whole)
+    assert 15 <= stopped["steps"] < EPOCHS * BATCHES // 2
 
-
-def test_ctrl_c_in_a_terminal_reaches_the_workers_too(tmp_path, whole):
-    process = start(tmp_path, .03, workers=1)
-    wait_for(tmp_path, 8)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
-    assert start(tmp_path).wait(60) == 0
+    process = start(tmp_path, 0., workers)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.split() == ["from", str(stopped["epoch"]), str(stopped["batch"])]
     same(tmp_path, whole)
 
 
