@@ -15,9 +15,11 @@ from torch import Tensor
 class Matches(NamedTuple):
     """Who answers for what: one entry per (cell, anchor, target), ordered by level, then group, anchor, target.
 
-    `level image anchor gy gx cls target` are int64 Tensors (n,): the place of the prediction, the class and the row of the target
-    it answers for; `cell` (n,) int64 the number of the prediction in its level, in the order image, gy, gx, anchor. `tbox` (n, 4) is the target as cx, cy, w, h in grid units, the centre relative to the cell's corner; `anch` (n, 2)
-    the anchor in grid units; `sizes` a tuple of ints, the number of entries on each level. A record: raises nothing. Source: own.
+    `level image anchor gy gx cls target` are int64 Tensors (n,): the place of the prediction, the class and the row
+    of the target it answers for; `cell` (n,) int64 is the number of the prediction in its level, counted by image, gy,
+    gx, anchor. `tbox` (n, 4) is the target as cx, cy, w, h in grid units, the centre relative to the cell's corner;
+    `anch` (n, 2) the anchor in grid units; `sizes` a tuple of ints, the entries on each level. Errors: none, it only
+    holds what `match_anchors` found. Source: own.
     """
     level: Tensor
     image: Tensor
@@ -68,7 +70,7 @@ def match_anchors(targets, shapes, anchors, strides, anchor_t=4.):
         raise ValueError(f"{len(anchors)} levels of anchors, but {len(shapes)} shapes and {len(strides)} strides")
     new = targets.new_tensor
     grid = new([[w, h] for h, w in shapes])                                                # (L, 2): W, H
-    anch = torch.as_tensor(anchors).to(targets) / new(strides)[:, None, None]                               # (L, A, 2) grid units
+    anch = torch.as_tensor(anchors).to(targets) / new(strides)[:, None, None]              # (L, A, 2) grid units
     xy, wh = (targets[:, i:i + 2] * grid[:, None] for i in (2, 4))                         # (L, M, 2)
     ratio = wh[:, None] / anch[:, :, None]                                                 # (L, A, M, 2)
     fits = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_t                             # (L, A, M)

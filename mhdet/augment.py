@@ -112,10 +112,11 @@ def random_matrix(canvas, size, rng, degrees=0., translate=.1, scale=.5, shear=0
     Bochkovskiy et al. 2020; the affine part of YOLO's random perspective.
     """
     if not 0 <= scale < 1: raise ValueError(f"scale must be in [0, 1), got {scale}")
-    turn, lean_x, lean_y, grow, right, down = rng.uniform(-1, 1, 6) * [math.radians(degrees), *[math.radians(shear)] * 2, scale, translate, translate]
+    turn, lean_x, lean_y = np.radians(rng.uniform(-1, 1, 3) * [degrees, shear, shear])
+    grow, *shift = rng.uniform(-1, 1, 3) * [scale, translate, translate]
     rotate = (1 + grow) * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     linear = np.array([[1, math.tan(lean_x)], [math.tan(lean_y), 1]]) @ rotate
-    shift = size * (.5 + np.array([right, down])) - linear @ np.array(canvas[::-1]) / 2
+    shift = size * (.5 + np.array(shift)) - linear @ np.array(canvas[::-1]) / 2
     return np.concatenate([linear, shift[:, None]], 1)
 
 def affine(image, boxes, labels, matrix, size):
@@ -149,13 +150,13 @@ def affine(image, boxes, labels, matrix, size):
     """
     h, w = image.shape[1:]
     back = np.linalg.inv(matrix[:, :2])
-    start = back @ (np.array([.5, .5]) - matrix[:, 2])                        # where the first pixel's centre comes from
+    start = back @ (np.array([.5, .5]) - matrix[:, 2])            # where the first pixel's centre comes from
     (a, b, c), (d, e, f) = (np.column_stack([back, start]) * [[2 / w], [2 / h]] - [[0, 0, 1]] * 2).tolist()
     step, grid = np.arange(size, dtype=np.float32), np.empty((size, size, 2), np.float32)
     np.add(np.float32(a) * step, (b * step + c)[:, None], out=grid[..., 0])
     np.add(np.float32(d) * step, (e * step + f)[:, None], out=grid[..., 1])
     image = image.float().sub_(GREY)[None] if image.dtype == torch.uint8 else (image - GREY)[None]
-    image = F.grid_sample(image, torch.from_numpy(grid)[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0].add_(GREY)
+    image = F.grid_sample(image, torch.from_numpy(grid)[None], padding_mode="zeros", align_corners=False)[0].add_(GREY)
     old = boxes.numpy()
     corners = old[:, [[0, 1], [2, 1], [0, 3], [2, 3]]] @ matrix[:, :2].T + matrix[:, 2]
     moved = np.concatenate([corners.min(1), corners.max(1)], 1).clip(0, size)
@@ -195,7 +196,7 @@ def mosaic(tiles, size, rng):
     cx, cy = rng.integers(size // 2, size + size // 2, 2, endpoint=True).tolist()
     for k, (image, boxes, labels) in enumerate(tiles):
         h, w = image.shape[1:]
-        x, y = cx - w * (k % 2 == 0), cy - h * (k < 2)                      # above left, above right, below left, below right
+        x, y = cx - w * (k % 2 == 0), cy - h * (k < 2)      # above left, above right, below left, below right
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, 2 * size), min(y + h, 2 * size)
         canvas[:, y0:y1, x0:x1] = image[:, y0 - y:y1 - y, x0 - x:x1 - x]
         moved.append((boxes + torch.tensor([x, y, x, y])).clamp(0, 2 * size))
@@ -233,7 +234,8 @@ def compose(cfg):
     Parameters
     ----------
     cfg : DataCfg
-        `mosaic mixup fliplr flipud` probabilities; `degrees translate scale shear` for `random_matrix`; `hsv_h hsv_s hsv_v` for `hsv`.
+        `mosaic mixup fliplr flipud` probabilities; `degrees translate scale shear` for `random_matrix`; `hsv_h hsv_s
+        hsv_v` for `hsv`.
 
     Returns
     -------
@@ -255,7 +257,8 @@ def compose(cfg):
     def warped(ds, i, rng):
         image, boxes, labels = ds.square(i)[:3]
         if rng.random() < cfg.mosaic:
-            image, boxes, labels = mosaic([ds.tile(int(k)) for k in (i, *rng.integers(len(ds), size=3))], ds.imgsz, rng)
+            tiles = [ds.tile(k) for k in (i, *rng.integers(len(ds), size=3).tolist())]
+            image, boxes, labels = mosaic(tiles, ds.imgsz, rng)
         matrix = random_matrix(image.shape[1:], ds.imgsz, rng, cfg.degrees, cfg.translate, cfg.scale, cfg.shear)
         return affine(image, boxes, labels, matrix, ds.imgsz)
 

@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'app', 'ROOT', 'CHOICES', 'GT', 'DT', 'STRATEGIES']
 
 # %% ../nbs/21_cli.ipynb #af3165b0
-import contextlib, functools, inspect, json, math, os, sys
+import contextlib, functools, inspect, json, math, os, sys, time
 from pathlib import Path
 from typing import Annotated
 
@@ -119,34 +119,44 @@ def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
     return register
 
 # %% ../nbs/21_cli.ipynb #3482a239
+def _resumable(name, chosen):
+    "Refuse to change what a run was begun with."
+    from mhdet.experiment import RESUMABLE
+    odd = [k for k in chosen if k not in RESUMABLE and (k, chosen[k]) != ("run", name)]
+    if odd: raise ValueError(f"--resume {name}: '{odd[0]}' cannot be changed; allowed are {', '.join(RESUMABLE)}")
+    return chosen
+
 @_command(names=(0, 1), metavar="[NAME] [key=value]...")
 def _study(names, chosen, seeds: _option(int, "Trainings of every arm.") = 1, arms: _option(str, "Arms, by comma.") = "split,control",
            heads: _option(int, "Heads of the partition.") = 4, resume: _option(bool, "Go on with the study NAME, or the newest.", "--resume") = False):
-    """Single head, confusion, partition, exact split, arms at equal budget, verdict.
+    """The main job: single head, split heads, control, verdict.
 
     The study's folder, runs/NAME, gets the table, the figures and report.md.
     """
     from mhdet.core import load_cfg
     from mhdet.study import study, study_table
-    if names: chosen["run"] = names[0]
-    there = sorted((p.parent for p in Path(ROOT).glob("*/base-s*")), key=lambda p: p.stat().st_mtime)
-    if resume and not there: raise FileNotFoundError(f"{ROOT}: no study to go on with")
-    if resume: chosen.setdefault("run", there[-1].name)
-    elif "run" in chosen and (Path(ROOT) / chosen["run"]).exists():
-        raise FileExistsError(f"{Path(ROOT) / chosen['run']}: exists already; give another run= or --resume {chosen['run']}")
-    found = study(load_cfg(chosen), seeds, arms.split(","), heads, ROOT)
+    there = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
+    name = names[0] if names else chosen.get("run") or (there[-1].parent.name if there else time.strftime("study_%Y%m%d_%H%M%S"))
+    file, asked = Path(ROOT) / name / "asked.json", dict(seeds=seeds, arms=arms, heads=heads, chosen=chosen | dict(run=name))
+    if resume:
+        if not file.is_file(): raise FileNotFoundError(f"{file.parent}: no study there to go on with")
+        asked = json.loads(file.read_text())
+        asked["chosen"] |= _resumable(name, chosen)
+    elif any(file.parent.glob("base-s*")): raise FileExistsError(f"{file.parent}: exists already; give another run=, or --resume {name}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asked), encoding="utf8")
+    found = study(load_cfg(asked["chosen"]), asked["seeds"], asked["arms"].split(","), asked["heads"], ROOT)
     return found, f"{_table(study_table(found))}\n\n{found['sentence']}\n{found['folder']}/report.md"
 
 @_command()
 def _train(names, chosen, resume: _option(str, "A run to go on with; only epochs, max_hours, device, workers may change.") = None):
-    "Train one run; it is left in runs/NAME (run=NAME, else date, time and seed)."
+    """Train one run.
+
+    It is left in runs/NAME: run=NAME, else date, time and seed.
+    """
     from mhdet.core import JsonLog, load_cfg
-    from mhdet.experiment import RESUMABLE, find_run, train
-    cfg = load_cfg(chosen)
-    if resume:
-        odd = [k for k in chosen if k not in RESUMABLE]
-        if odd: raise ValueError(f"--resume {resume}: '{odd[0]}' cannot be changed; allowed are {', '.join(RESUMABLE)}")
-        cfg = load_cfg(find_run(resume, ROOT)[0] / "config.yaml", chosen)
+    from mhdet.experiment import find_run, train
+    cfg = load_cfg(find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)) if resume else load_cfg(chosen)
     run = train(cfg, resume=resume, root=ROOT)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
     if stopped in SIGNALS: raise InterruptedError(f"{stopped}; the state is saved, go on with: mhdet train --resume {run.name}")
@@ -158,12 +168,12 @@ def _train(names, chosen, resume: _option(str, "A run to go on with; only epochs
 GT, DT = _option(str, "Truth, a COCO JSON."), _option(str, "Answers, COCO results JSON.")
 
 def _foreign(names, gt, dt):
-    "Truth and answers from files; None when a run was named instead."
+    "Class names, truth, number of pictures and answers, from files; None when a run was named instead."
     from mhdet.metrics import read_gt, read_results
     if bool(gt) != bool(dt) or bool(gt) + len(names) != 1: raise ValueError("either one RUN is due, or --gt and --dt together")
     if names: return None
-    truth = read_gt(gt)
-    return truth, read_results(dt, truth.ids, truth.cats)
+    classes, truth, ids, cats = read_gt(gt)
+    return classes, truth, len(ids), read_results(dt, ids, cats)
 
 @_command("data device", (0, 1), "[RUN]")
 def _eval(names, chosen, gt: GT = None, dt: DT = None, metric: _option(str, "Of coco, voc07, voc, source.") = "coco,voc07,voc,source",
@@ -171,31 +181,32 @@ def _eval(names, chosen, gt: GT = None, dt: DT = None, metric: _option(str, "Of 
     "AP of a run, or of answers from any framework."
     from mhdet.experiment import evaluate_run
     from mhdet.metrics import evaluate
-    files, metrics = _foreign(names, gt, dt), metric.split(",")
-    if files: out = evaluate(files[0].gt, files[1], files[0].names, len(files[0].ids), metrics, engine="pycocotools")
+    metrics = metric.split(",")
+    if files := _foreign(names, gt, dt):
+        classes, truth, n, found = files
+        out = evaluate(truth, found, classes, n, metrics, engine="pycocotools")
     else: out = evaluate_run(names[0], split, metrics=metrics, root=ROOT, **chosen)
     rows = [dict(metric=k, **out[k]) for k in metrics]
-    classes = [dict({"class": name}, **row) for name, row in out["per_class"].items()]
-    return out, f"{_table(rows)}\n\n{_table(classes)}"
+    return out, f"{_table(rows)}\n\n" + _table([dict({"class": name}, **row) for name, row in out["per_class"].items()])
 
 @_command("data device", (0, 1), "[RUN]")
 def _confuse(names, chosen, gt: GT = None, dt: DT = None, out: _option(str, "CSV for the matrix.") = None, split: _option(str, "Of the run's data.") = "dev",
              conf: _option(float, "Least score.") = .25, iou: _option(float, "Least overlap.") = .5, pairs: _option(int, "How many to show.") = 15):
-    "Which class is taken for which; most confused pairs first."
+    "Which class is taken for which; worst pairs first."
     from mhdet.data import open_data
     from mhdet.experiment import dataset, load_run, predict
     from mhdet.learner import make_accelerator
     from mhdet.metrics import confusion, write_confusion
     from mhdet.partition import confusability, confused_pairs
-    if files := _foreign(names, gt, dt): (classes, truth, ids, _), found = files
+    if files := _foreign(names, gt, dt): classes, truth, n, found = files
     else:
         model, cfg = load_run(names[0], ROOT)
         cfg = cfg.override(**chosen)
         data = dataset(cfg, open_data(cfg.data.data, split, cfg.data.dev)[split])
-        truth, classes, ids = data.records.gt, data.records.names, data.records.ids
+        truth, classes, n = data.records.gt, data.records.names, len(data)
         if classes != model.head.partition.names: raise ValueError(f"{cfg.data.data}: its classes are not those of run {names[0]}")
         found, _ = predict(model.to(make_accelerator(cfg.train.device).device), data, conf=conf, iou=cfg.train.nms_iou)
-    matrix = confusion(truth, found, len(classes), len(ids), conf, iou)
+    matrix = confusion(truth, found, len(classes), n, conf, iou)
     if out: write_confusion(out, matrix, classes)
     share = confusability(matrix, len(classes))
     rows = [dict(a=classes[i], b=classes[j], share=share[i, j], a_as_b=matrix[i, j], b_as_a=matrix[j, i])
@@ -231,7 +242,7 @@ def _partition(names, chosen, strategy: _option(str, f"Of {', '.join(STRATEGIES)
                counts: _option(str, "CSV of boxes per class; else those of --data's train, else the confusion's rows.") = None,
                k: _option(int, "Confused pairs to keep apart; as many as classes.") = None,
                share: _option(float, "A class with more of the boxes stands alone.") = .25, out: _option(str, "Head file to write.") = None):
-    "A head file: which classes share a head, and what that gives and gives up."
+    "Which classes share a head: a head file and its card."
     from mhdet.partition import Pairs, Partition, anti_confusion, card, confused_pairs, random_heads, read_pairs, save_heads, standard
     if strategy not in STRATEGIES: raise ValueError(f"--strategy: '{strategy}' is none of {', '.join(STRATEGIES)}")
     classes, boxes, matrix = _facts(confusion, counts, chosen)
@@ -251,7 +262,7 @@ def _partition(names, chosen, strategy: _option(str, f"Of {', '.join(STRATEGIES)
 
 @_command("", (1, 1), "RUN")
 def _split(names, chosen, heads: _option(str, "Head file.") = ..., out: _option(str, "Name or path of the new run.") = ...):
-    "Split the heads of a trained run exactly: the new run gives the same answers."
+    "Split a trained run's heads; the answers stay the same."
     from mhdet.core import new_run
     from mhdet.experiment import load_run
     from mhdet.heads import split_heads
@@ -272,7 +283,10 @@ def _split(names, chosen, heads: _option(str, "Head file.") = ..., out: _option(
 # %% ../nbs/21_cli.ipynb #5f939728
 @_command("", (1, None), "RUN...")
 def _plot(names, chosen, out: _option(str, "Folder.") = "figures"):
-    "Figures and CSVs of training dynamics, and the confusion of judged runs, by head."
+    """Training dynamics as figures and CSVs.
+
+    For runs that were judged also their confusion, ordered by head.
+    """
     import matplotlib.pyplot as plt, pandas as pd
     from mhdet.core import JsonLog, theme
     from mhdet.experiment import find_run, plot_runs
@@ -296,7 +310,7 @@ def _plot(names, chosen, out: _option(str, "Folder.") = "figures"):
 
 @_command("")
 def _runs(names, chosen):
-    "Every run below runs/: state, epoch, time left, last and best AP50; the best first."
+    "Every run: state, epoch, time left, AP50; best first."
     from mhdet.experiment import load_runs
     table = load_runs(ROOT)
     return table, table
@@ -333,7 +347,10 @@ def _pictures(paths, names):
 @_command("device nms_iou max_det", (2, None), "RUN PICTURE...")
 def _detect(names, chosen, out: _option(str, "Folder.") = "detections", conf: _option(float, "Least score.") = .25,
             one_label: _option(bool, "One class for each place.", "--one-label") = False):
-    "Draw a run's answers, coloured by head, and write them as COCO results (image_id is the file's number or name)."
+    """Draw a run's answers, coloured by head.
+
+    They are also written as COCO results; image_id is the file's number, or its name.
+    """
     import matplotlib.pyplot as plt
     from mhdet.core import theme
     from mhdet.experiment import dataset, load_run, predict
@@ -361,7 +378,10 @@ def _detect(names, chosen, out: _option(str, "Folder.") = "detections", conf: _o
 # %% ../nbs/21_cli.ipynb #190fa778
 @_command("data", (0, 1), "[D]")
 def _data(names, chosen, resize: _option(int, "Write a copy with this long side, px; needs --out.") = None, out: _option(str, "A new folder.") = None):
-    "What is in a data set and what is wrong with it: counted and listed, nothing rewritten."
+    """What is in a data set, and what is wrong with it.
+
+    Counted and listed, nothing rewritten.
+    """
     from mhdet.data import census, check_pictures, open_data, resize_copy
     if bool(resize) != bool(out): raise ValueError("--resize and --out are due together")
     splits = {k: check_pictures(r) for k, r in open_data((names or [chosen.get("data", "toy")])[0], dev=0).items()}
@@ -376,7 +396,10 @@ def _data(names, chosen, resize: _option(int, "Write a copy with this long side,
 
 @_command("")
 def _check(names, chosen, fixtures: _option(str, "Folder of .json and .npz files.") = ...):
-    "This build against reference numbers; exit 1 if one is off."
+    """This build against reference numbers.
+
+    Exit 1 if one is off; fixtures of a kind it does not know are passed over.
+    """
     from mhdet.export import check
     rows = check(fixtures)
     if not rows: raise ValueError(f"{fixtures}: no fixtures there (NAME.json with NAME.npz)")
@@ -406,7 +429,10 @@ def _needs(cfg, nc=80):
 
 @_command()
 def _doctor(names, chosen):
-    "Versions, device, memory, threads, what a batch of this config needs, what is wrong; exit 1 if something is."
+    """This machine, what a batch will need, what is wrong.
+
+    Exit 1 if something is. key=value and --config describe the batch.
+    """
     import importlib.util, shutil, psutil, torch
     from mhdet.core import environment, load_cfg
     cfg, env = load_cfg(chosen), environment()
@@ -430,6 +456,6 @@ def _doctor(names, chosen):
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
-    "JupyterLab in the folder of the notebooks; further words are JupyterLab's."
+    "JupyterLab in the right folder; more words go to it."
     here = next((p for p in (Path("nbs"), Path(__file__).resolve().parents[1] / "nbs") if p.is_dir()), Path("."))
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(here), *ctx.args])

@@ -32,8 +32,8 @@ from .core import read_yaml
 class ClassMap:
     """The class names in order, and the category id each has in its source.
 
-    `names` list of str, `ids` list of int or str, same length. Called with source ids it returns int64 `(N,)` contiguous
-    classes, -1 for an id it does not know. A name or id given twice raises `ValueError`. Source: own.
+    `names` list of str, `ids` list of int or str, same length. Called with source ids it returns int64 `(N,)`
+    contiguous classes, -1 for an id it does not know. A name or id given twice raises `ValueError`. Source: own.
     """
     names: list
     ids: list
@@ -51,10 +51,10 @@ class ClassMap:
 class Sample:
     """One picture and its boxes, before anything is done to it.
 
-    `image` uint8 `(3, H, W)` RGB; `boxes` float32 `(N, 4)` xyxy px; `labels` int64 `(N,)`; `ignore` and `crowd` bool `(N,)`
-    (VOC difficult, COCO iscrowd); `id` the source's picture id. `to_torchvision()` gives `(Image, target dict)` with
-    `boxes labels image_id iscrowd`; `from_torchvision(image, target)` takes it back. Raises `KeyError` where `boxes` or
-    `labels` is missing. Source: torchvision detection references.
+    `image` uint8 `(3, H, W)` RGB; `boxes` float32 `(N, 4)` xyxy px; `labels` int64 `(N,)`; `ignore` and `crowd`
+    bool `(N,)` (VOC difficult, COCO iscrowd); `id` the source's picture id. `to_torchvision()` gives `(Image,
+    target dict)` with `boxes labels image_id iscrowd`; `from_torchvision(image, target)` takes it back. Raises
+    `KeyError` where `boxes` or `labels` is missing. Source: torchvision detection references.
     """
     image: torch.Tensor
     boxes: torch.Tensor
@@ -71,8 +71,9 @@ class Sample:
     @classmethod
     def from_torchvision(cls, image, target):
         no = torch.zeros(len(target["labels"]), dtype=torch.bool)
-        boxes = torch.as_tensor(target["boxes"]).as_subclass(torch.Tensor).float().reshape(-1, 4)
-        return cls(image.as_subclass(torch.Tensor), boxes, target["labels"], no, target.get("iscrowd", no).bool(), target.get("image_id", 0))
+        boxes = target["boxes"].as_subclass(torch.Tensor).float().reshape(-1, 4)
+        crowd, id = target.get("iscrowd", no).bool(), target.get("image_id", 0)
+        return cls(image.as_subclass(torch.Tensor), boxes, target["labels"], no, crowd, id)
 
 # %% ../nbs/02_data.ipynb #59400d79
 def read_picture(path):
@@ -98,19 +99,21 @@ def read_picture(path):
     """
     with Image.open(path) as im:
         im = ImageOps.exif_transpose(im)
-        if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) // 256).clip(0, 255).astype(np.uint8))
         return im.convert("RGB")
 
+# %% ../nbs/02_data.ipynb #a1cc8dd8
 @dataclass
 class Records:
     """One split of a data set, parsed and checked.
 
-    `classes` ClassMap; `ids` the n picture ids; `files` n paths, or None when `pixels` uint8 `(n, H, W, 3)` holds the pictures;
-    `sizes` int64 `(n, 2)` width, height px; `gt` a dict of arrays over all M boxes, sorted by picture: `image` int64 position in
-    the split, `label` int64, `box` float64 `(M, 4)` xyxy px of the stored picture, `ignore`, `crowd` bool, `area` float64 px^2;
-    `inclusive` True where pixels are counted inclusively (VOC XML); `problems` what was skipped: kind -> places.
-    `picture(i)` is uint8 `(H, W, 3)`, `sample(i)` a `Sample`, `subset(indices)` the split of these pictures in this order.
-    `IndexError` outside 0..n-1, `OSError` for an unreadable file. Source: own.
+    `classes` ClassMap; `ids` the n picture ids; `files` n paths, or None when `pixels` uint8 `(n, H, W, 3)` holds
+    the pictures; `sizes` int64 `(n, 2)` width, height px; `gt` a dict of arrays over all M boxes, sorted by
+    picture: `image` int64 position in the split, `label` int64, `box` float64 `(M, 4)` xyxy px of the stored
+    picture, `ignore`, `crowd` bool, `area` float64 px^2; `inclusive` True where pixels are counted inclusively (VOC
+    XML); `problems` what was skipped: kind -> places. `picture(i)` is uint8 `(H, W, 3)`, `sample(i)` a `Sample`,
+    `subset(indices)` the split of these pictures in this order. `IndexError` outside 0..n-1, `OSError` for an
+    unreadable file. Source: own.
     """
     classes: ClassMap
     ids: list
@@ -150,7 +153,8 @@ COLUMNS = dict(image=np.int64, label=np.int64, ignore=bool, crowd=bool, area=np.
 def _refuse(where, bad, total):
     "Stop when more than 5 % of the pictures are lost."
     if bad > UNREADABLE * total or not total:
-        raise ValueError(f"{where}: {bad} of {total} pictures are missing or unreadable; at most {UNREADABLE:.0%} may be")
+        lost = f"{bad} of {total} pictures are missing or unreadable" if total else "no pictures"
+        raise ValueError(f"{where}: {lost}; at most {UNREADABLE:.0%} may be missing" if bad else f"{where}: {lost}")
 
 def _four(values):
     "Four numbers, or four NaN where the source holds anything else."
@@ -159,13 +163,13 @@ def _four(values):
     return out if len(out) == 4 else [np.nan] * 4
 
 def _records(classes, pictures, rows, where, problems, **more):
-    "Records from (id, file, size) and rows (image, label, x0, y0, x1, y1, ignore, crowd, area); image -2: its picture is lost."
+    "Records from pictures (id, file, size) and rows (image or -2: lost, label, x0, y0, x1, y1, ignore, crowd, area)."
     ids, files, sizes = ([p[k] for p in pictures] for k in range(3))
     a, sizes = np.array(rows, np.float64).reshape(-1, 9), np.array(sizes, np.int64).reshape(-1, 2)
-    box, good = a[:, 2:6], a[:, 0] != -2
+    box, good, size = a[:, 2:6], a[:, 0] != -2, sizes[a[:, 0].clip(0).astype(int)]
     checks = {"annotation of an unknown picture": a[:, 0] < 0, "unknown category": a[:, 1] < 0,
               "box not finite": ~np.isfinite(box).all(1), "box without area": ~(box[:, 2:] > box[:, :2]).all(1),
-              "box outside its picture": (box[:, :2] >= sizes[a[:, 0].clip(0).astype(int)]).any(1) | (box[:, 2:] <= 0).any(1)}
+              "box outside its picture": (box[:, :2] >= size).any(1) | (box[:, 2:] <= 0).any(1)}
     for kind, bad in checks.items():
         for k in np.flatnonzero(bad & good): problems.setdefault(kind, []).append(where(k))
         good &= ~bad
@@ -174,23 +178,28 @@ def _records(classes, pictures, rows, where, problems, **more):
     gt["area"] = np.where(np.isfinite(gt["area"]), gt["area"], np.prod(a[:, 4:6] - a[:, 2:4], 1))
     return Records(classes, ids, files, sizes, gt, problems=problems, **more)
 
-def _upright(im):
-    "Width and height of an opened picture once it is turned as EXIF says."
-    return im.size[::-1] if im.getexif().get(0x0112, 1) > 4 else im.size
-
-def _size(file):
-    "Size of the upright picture from its header alone; None where there is none."
+# %% ../nbs/02_data.ipynb #39964ab1
+def _size(file, whole=False):
+    "Size of the upright picture from its header, or after reading every byte; else a str: what is wrong."
     try:
-        with Image.open(file) as im: return _upright(im)
-    except Exception: return None                        # decoders raise all sorts of things on a broken header
+        with Image.open(file) as im:
+            size = im.size[::-1] if im.getexif().get(0x0112, 1) > 4 else im.size
+            if whole:
+                im.draft("RGB", (1, 1))                  # a JPEG is read whole and drawn small
+                im.load()
+            return size
+    except Exception as e: return _fault(e)              # decoders raise all sorts of things
+
+def _fault(error): return f"{type(error).__name__}: {error}"
 
 def _present(where, entries):
     "Entries (id, file, size or None) whose picture is there, the place of every id (-2: lost), and what is wrong."
     problems, pictures, place = {}, [], {}
     for id, file, size in entries:
         there = file.is_file()
-        size = size or there and _size(file)
-        kind = "picture listed twice" if id in place else "picture without file" if not there else None if size else "unreadable picture"
+        size = size or (_size(file) if there else "missing")
+        kind = ("picture listed twice" if id in place else "picture without file" if not there
+                else "unreadable picture" if isinstance(size, str) else None)
         if kind: problems.setdefault(kind, []).append(str(file))
         else: pictures.append((id, file, size))
         place.setdefault(id, -2 if kind else len(pictures) - 1)
@@ -210,7 +219,8 @@ def _picture_folder(path, images):
     "Where the pictures of a COCO file lie."
     root, word = path.parent.parent, path.stem.split("_")[-1]
     split = next((s for s in ("train", "val") if s in word), word)
-    tried = [root / t for t in (f"images/{split}", f"images/{word}", word, f"{split}2017", "images", "")] + [path.parent]
+    inside = (f"images/{split}", f"images/{word}", word, f"{split}2017", "images", "")
+    tried = [root / folder for folder in inside] + [path.parent]
     for f in tried:
         if any((f / m["file_name"]).is_file() for m in images[:50]): return f
     raise FileNotFoundError(f"{path}: its pictures are in none of {', '.join(dict.fromkeys(str(f) for f in tried))}")
@@ -243,32 +253,35 @@ def read_coco(path, pictures=None):
     """
     path = Path(path)
     data = _read_json(path)
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations", "categories")):
+    data = data if isinstance(data, dict) else {}
+    images, notes, cats = (data.get(k) for k in ("images", "annotations", "categories"))
+    if not all(isinstance(part, list) for part in (images, notes, cats)):
         raise ValueError(f"{path}: a COCO file is an object with the lists images, annotations and categories")
-    images, notes = data["images"], data["annotations"]
-    if not all("id" in m and "file_name" in m for m in images): raise ValueError(f"{path}: an image lacks id or file_name")
-    cats = sorted((c["id"], c["name"]) for c in data["categories"])
+    if not all("id" in m and "file_name" in m for m in images):
+        raise ValueError(f"{path}: an image lacks id or file_name")
+    cats = sorted((c["id"], c["name"]) for c in cats)
     classes = ClassMap([n for _, n in cats], [i for i, _ in cats])
     base = Path(pictures) if pictures else _picture_folder(path, images)
-    entries = ((m["id"], base / m["file_name"], (m["width"], m["height"]) if "width" in m and "height" in m else None) for m in images)
-    present, place, problems = _present(base, entries)
+    size = lambda m: (m["width"], m["height"]) if "width" in m and "height" in m else None
+    present, place, problems = _present(base, ((m["id"], base / m["file_name"], size(m)) for m in images))
     labels, rows = classes(a.get("category_id") for a in notes), []
     for a, label in zip(notes, labels):
         x, y, w, h = _four(a.get("bbox"))
-        ignore = bool(a.get("difficult") or a.get("ignore"))
-        rows.append((place.get(a.get("image_id"), -1), label, x, y, x + w, y + h, ignore, bool(a.get("iscrowd")), a.get("area", np.nan)))
-    return _records(classes, present, rows, lambda k: f"{path.name}: annotation {notes[k].get('id', k)}", problems)
+        flags = bool(a.get("difficult") or a.get("ignore")), bool(a.get("iscrowd"))
+        rows.append((place.get(a.get("image_id"), -1), label, x, y, x + w, y + h, *flags, a.get("area", np.nan)))
+    where = lambda k: f"{path.name}: annotation {notes[k].get('id', k)}"
+    return _records(classes, present, rows, where, problems)
 
 # %% ../nbs/02_data.ipynb #106195bd
-VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa "
-       "train tvmonitor").split()
+VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+       "sheep sofa train tvmonitor").split()
 
 def _voc_list(root, split):
     "The file in ImageSets/Main that a split is read from, or None."
-    lists = dict(train=["trainval", "train"], val=["test", "val"])
-    if not (root / "ImageSets/Main/test.txt").is_file() and (root / "ImageSets/Main/val.txt").is_file(): lists["train"].reverse()
-    files = (root / "ImageSets/Main" / f"{name}.txt" for name in lists.get(split, [split]))
-    return next((f for f in files if f.is_file()), None)
+    here = {f.stem: f for f in (root / "ImageSets/Main").glob("*.txt")}
+    train = ["train", "trainval"] if "val" in here and "test" not in here else ["trainval", "train"]
+    wanted = dict(train=train, val=["test", "val"]).get(split, [split])
+    return next((here[name] for name in wanted if name in here), None)
 
 def read_voc(root, split, names=None):
     """A split from a VOC folder (`Annotations`, `JPEGImages`, `ImageSets/Main`).
@@ -304,7 +317,8 @@ def read_voc(root, split, names=None):
     for file in (root / "Annotations" / f"{s}.xml" for s in stems):
         try: trees |= {file.stem: ET.parse(file).getroot()} if file.is_file() else {}
         except ET.ParseError as e: raise ValueError(f"{file}: not XML ({e})") from None
-    if not trees: raise FileNotFoundError(f"{root}/Annotations: no XML for any of the {len(stems)} pictures in {listed.name}")
+    if not trees:
+        raise FileNotFoundError(f"{root}/Annotations: no XML for any of the {len(stems)} pictures in {listed.name}")
     size = {s: [float(t.findtext(f"size/{k}") or 0) for k in ("width", "height")] for s, t in trees.items()}
     entries = ((s, root / "JPEGImages" / f"{s}.jpg", size[s] if min(size[s]) > 0 else None) for s in trees)
     present, place, problems = _present(root / "JPEGImages", entries)
@@ -331,9 +345,11 @@ def _yolo_line(line, w, h):
     try: label, *v = (float(t) for t in line.split())
     except ValueError: return -1, [np.nan] * 4
     v = np.array(v)
-    if len(v) >= 6 and len(v) % 2 == 0: return label, [v[::2].min() * w, v[1::2].min() * h, v[::2].max() * w, v[1::2].max() * h]
-    cx, cy, bw, bh = _four(v)
-    return label, [(cx - bw / 2) * w, (cy - bh / 2) * h, (cx + bw / 2) * w, (cy + bh / 2) * h]
+    if len(v) >= 6 and len(v) % 2 == 0: box = [v[::2].min(), v[1::2].min(), v[::2].max(), v[1::2].max()]
+    else:
+        cx, cy, bw, bh = _four(v)
+        box = [cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2]
+    return label, np.array(box) * [w, h, w, h]
 
 def read_yolo(path, split):
     """A split from a YOLO YAML and its text labels.
@@ -341,8 +357,8 @@ def read_yolo(path, split):
     Parameters
     ----------
     path : str or Path
-        YAML with `names` (list, or mapping from number), optional `path` (root), and per split a folder of pictures, a text
-        file that lists them, or a list of those.
+        YAML with `names` (list, or mapping from number), optional `path` (root), and per split a folder of pictures, a
+        text file that lists them, or a list of those.
     split : str
         A key of the YAML.
 
@@ -372,10 +388,11 @@ def read_yolo(path, split):
     for part in spec[split] if isinstance(spec[split], list) else [spec[split]]:
         source = root / part
         if source.is_dir(): files += sorted(f for f in source.rglob("*") if f.suffix.lower() in SUFFIXES)
-        elif source.is_file(): files += [source.parent / line for line in source.read_text().split("\n") if line.strip()]
+        elif source.is_file(): files += [source.parent / f for f in source.read_text().splitlines() if f.strip()]
         else: raise FileNotFoundError(f"{path}: {split}: no such folder or list {source}")
     texts = {f: Path("labels".join(str(f.with_suffix(".txt")).rsplit("images", 1))) for f in files}
-    if files and not any(t.is_file() for t in texts.values()): raise FileNotFoundError(f"{path}: {split}: no label text, as {texts[files[0]]}")
+    if files and not any(t.is_file() for t in texts.values()):
+        raise FileNotFoundError(f"{path}: {split}: no label text at all, such as {texts[files[0]]}")
     present, place, problems = _present(f"{path}: {split}", [(f, f, None) for f in files])
     rows, where = [], []
     for f, _, (w, h) in present:
@@ -389,10 +406,11 @@ def read_yolo(path, split):
     return _records(ClassMap(names, list(range(len(names)))), present, rows, where.__getitem__, problems)
 
 # %% ../nbs/02_data.ipynb #6df531a7
-TOY_FAMILIES = [["disc", "ring", "ball"], ["box", "crate", "window"], ["star", "flower", "sun"], ["tent", "pine", "peak"]]
-TOY_COMMON = "disc crate star tent ring window flower peak ball box sun pine".split()            # commonest first
+TOY_FAMILIES = [names.split() for names in ("disc ring ball", "box crate window", "star flower sun", "tent pine peak")]
+TOY_COMMON = "disc crate star tent ring window flower peak ball box sun pine".split()    # commonest first
 TOY_CLASSES = [name for names in TOY_FAMILIES for name in names]
-TOY_SHARE = np.array([.3] + [.7 * .85 ** k * .15 / (1 - .85 ** 11) for k in range(11)])[[TOY_COMMON.index(c) for c in TOY_CLASSES]]
+_TAIL = .85 ** np.array([TOY_COMMON.index(c) for c in TOY_CLASSES]) * (np.array(TOY_CLASSES) != TOY_COMMON[0])
+TOY_SHARE = np.where(_TAIL > 0, .7 * _TAIL / _TAIL.sum(), .3)
 BASE, DARK, LIGHT = range(3)
 
 def _round(n, r=1., x=0., y=0., inner=1.):
@@ -404,22 +422,24 @@ def _flat(*xy): return np.array(xy, float).reshape(-1, 2)
 def _rect(x0, y0, x1, y1): return _flat(x0, y0, x1, y0, x1, y1, x0, y1)
 
 _SLAB, _PEAK = _rect(-1, -.85, 1, .85), _flat(0, -1, 1, .85, -1, .85)
+_BAR, _PANE = _flat(-1, -.85, -.7, -.85, 1, .85, .7, .85), _rect(-.72, -.6, -.12, -.1)
 _PETALS = _round(48) * (.78 + .22 * np.cos(6 * np.arange(48) * 2 * np.pi / 48))[:, None]
 TOY_SHAPES = {
     "disc": [(_round(28), BASE)],
     "ring": [(_round(28), BASE), (_round(20, .5), DARK)],
     "ball": [(_round(28), BASE), (_round(14, .36, -.32, -.34), LIGHT)],
     "box": [(_SLAB, BASE), (_rect(-1, -.85, 1, -.35), DARK)],
-    "crate": [(_SLAB, BASE), (_flat(-1, -.85, -.7, -.85, 1, .85, .7, .85), DARK), (_flat(1, -.85, .7, -.85, -1, .85, -.7, .85), DARK)],
-    "window": [(_SLAB, BASE), (_rect(-.72, -.6, -.12, -.1), LIGHT), (_rect(.12, -.6, .72, -.1), LIGHT), (_rect(-.72, .1, .72, .6), LIGHT)],
+    "crate": [(_SLAB, BASE), (_BAR, DARK), (_BAR * [-1, 1], DARK)],
+    "window": [(_SLAB, BASE), (_PANE, LIGHT), (_PANE * [-1, 1], LIGHT), (_rect(-.72, .1, .72, .6), LIGHT)],
     "star": [(_round(10, inner=.45), BASE)],
     "flower": [(_PETALS, BASE), (_round(16, .36), LIGHT)],
     "sun": [(_round(24, inner=.7), BASE), (_round(16, .4), DARK)],
     "tent": [(_PEAK, BASE), (_flat(0, -.2, .4, .85, -.4, .85), DARK)],
     "pine": [(_flat(0, -1, .6, -.2, .35, -.2, 1, .85, -1, .85, -.35, -.2, -.6, -.2), BASE)],
     "peak": [(_PEAK, BASE), (_flat(0, -1, .38, -.3, .12, -.45, -.1, -.2, -.38, -.3), LIGHT)]}
-_HUES = [.02, .58, .13, .36]                                                             # red, blue, yellow, green: one a family
+_HUES = [.02, .58, .13, .36]                                            # red, blue, yellow, green: one a family
 
+# %% ../nbs/02_data.ipynb #77e15879
 def _scribble(draw, rng, S, n):
     "Strokes and dots that are no objects."
     for k, (x, y, u, v) in enumerate(rng.integers(0, S, (n, 4)).tolist()):
@@ -435,13 +455,14 @@ def _toy_object(draw, rng, label, centre, radius):
     hue = (_HUES[family] + rng.normal(0, .03)) % 1 if own else rng.random()
     base = 255 * np.array(hsv_to_rgb(hue, rng.uniform(.6, .95), rng.uniform(.75, 1)))
     tones = [tuple(int(v) for v in c) for c in (base, base * .45, base * .3 + 178)]
-    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * [[wide], [1 / wide]] * radius * 2
+    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * [[wide], [1 / wide]]
     for k, (points, tone) in enumerate(TOY_SHAPES[TOY_CLASSES[label]]):
-        xy = points @ turned + 2 * centre
+        xy = 2 * (radius * points @ turned + centre)
         if k == 0: box = np.concatenate([xy.min(0), xy.max(0) + 1]) / 2
         draw.polygon(xy.ravel().tolist(), tones[tone], tones[DARK] if k == 0 else None)
     return box
 
+# %% ../nbs/02_data.ipynb #e33c77b5
 def _toy_picture(rng, size, grain):
     "One picture, uint8 (size, size, 3), with its boxes and labels; grain is noise to cut a piece from."
     wash = (rng.integers(50, 205) + rng.integers(-35, 36, (4, 4, 3))).astype(np.uint8)
@@ -476,7 +497,8 @@ def toy_dataset(n=1500, seed=0, size=128):
     Returns
     -------
     Records
-        Classes in the order of `TOY_FAMILIES`; about 4 boxes a picture; boxes go around the whole outline, hidden parts included.
+        Classes in the order of `TOY_FAMILIES`; about 4 boxes a picture, each around the whole outline, hidden parts
+        included.
 
     Raises
     ------
@@ -504,8 +526,9 @@ def _is_dev(id, share):
 
 def _coco_file(root, split):
     "The JSON of a split, instances first; None where there is none."
-    files = sorted((root / "annotations").glob(f"*{split}*.json"), key=lambda f: (not f.name.startswith("instances"), f.name))
-    if len(files) > 1 and files[1].name.startswith("instances") == files[0].name.startswith("instances"):
+    files = sorted((root / "annotations").glob(f"*{split}*.json"))
+    files = [f for f in files if f.name.startswith("instances")] or files
+    if len(files) > 1:
         raise ValueError(f"{root}/annotations: several files for {split}: {', '.join(f.name for f in files)}")
     return files[0] if files else None
 
@@ -520,8 +543,9 @@ def _layout(path):
         if "path" in spec and not {"train", "val"} & set(spec): return _layout(_beside(path, spec["path"]))
         return [s for s in ("train", "val") if spec.get(s)], lambda s: read_yolo(path, s)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder or YAML")
-    if (path / "ImageSets/Main").is_dir(): return [s for s in ("train", "val") if _voc_list(path, s)], lambda s: read_voc(path, s)
-    return [s for s in ("train", "val") if _coco_file(path, s)], lambda s: read_coco(_coco_file(path, s))
+    voc = (path / "ImageSets/Main").is_dir()
+    have = [s for s in ("train", "val") if (_voc_list if voc else _coco_file)(path, s)]
+    return have, lambda s: read_voc(path, s) if voc else read_coco(_coco_file(path, s))
 
 def open_data(path="toy", split=None, dev=.15):
     """The splits of a data set, whatever its layout.
@@ -553,15 +577,17 @@ def open_data(path="toy", split=None, dev=.15):
     own
     """
     have, read = _layout(path)
-    if not have: raise ValueError(f"{path}: no annotations/*train*.json or *val*.json, no ImageSets/Main lists, and not a YAML with train or val")
+    if not have:
+        raise ValueError(f"{path}: a data set has annotations/*train*.json or *val*.json, or ImageSets/Main lists, "
+                         "or is a YAML with train or val")
     out = {s: read(s) for s in have if split in (None, s) or (split, s) == ("dev", "train")}
     if len(out) == 2 and out["train"].names != out["val"].names:
-        odd = sorted(set(out["train"].names) ^ set(out["val"].names)) or "the order"
-        raise ValueError(f"{path}: train and val differ in their classes: {', '.join(odd) if isinstance(odd, list) else odd}")
+        odd = sorted(set(out["train"].names) ^ set(out["val"].names)) or ["their order"]
+        raise ValueError(f"{path}: train and val differ in their classes: {', '.join(odd)}")
     if "train" in out and dev:
-        inside = np.array([_is_dev(i, dev) for i in out["train"].ids])
         whole = out.pop("train")
-        out = {"train": whole.subset(np.flatnonzero(~inside)), "dev": whole.subset(np.flatnonzero(inside))} | out
+        inside = np.array([_is_dev(i, dev) for i in whole.ids])
+        out = {s: whole.subset(np.flatnonzero(inside == (s == "dev"))) for s in ("train", "dev")} | out
     if split and split not in out: raise FileNotFoundError(f"{path}: no split '{split}'; there is {', '.join(have)}")
     return {split: out[split]} if split else out
 
@@ -593,8 +619,8 @@ def check_pictures(records):
     Returns
     -------
     Records
-        Without empty, truncated or foreign files; they are listed in `problems["unreadable picture"]`. `sizes` are those of the
-        files; where the annotation says otherwise the picture is listed, and kept.
+        Without empty, truncated or foreign files; they are listed in `problems["unreadable picture"]`. `sizes` are
+        those of the files; where the annotation says otherwise the picture is listed, and kept.
 
     Raises
     ------
@@ -605,15 +631,8 @@ def check_pictures(records):
     ----------
     own
     """
-    def size(i):
-        try:
-            with Image.open(records.files[i]) as im:
-                out = _upright(im)
-                im.draft("RGB", (1, 1))
-                im.load()
-                return out
-        except Exception as e: return f"{type(e).__name__}: {e}"         # decoders raise all sorts of things
-    return _without(records, _each(size, len(records))) if records.files else records
+    if records.files is None: return records
+    return _without(records, _each(lambda i: _size(records.files[i], whole=True), len(records)))
 
 def census(records):
     """Count what a split holds, and what is wrong with it.
@@ -625,7 +644,8 @@ def census(records):
     Returns
     -------
     dict
-        `images boxes difficult crowd empty` (pictures without boxes) as int, `problems` kind -> int, `per_class` name -> int.
+        `images boxes difficult crowd empty` (pictures without boxes) as int, `problems` kind -> int, `per_class`
+        name -> int.
 
     Raises
     ------
@@ -636,10 +656,11 @@ def census(records):
     own
     """
     gt = records.gt
+    counts = dict(images=len(records), boxes=len(gt["label"]), difficult=int(gt["ignore"].sum()),
+                  crowd=int(gt["crowd"].sum()), empty=len(records) - len(np.unique(gt["image"])))
     per_class = np.bincount(gt["label"], minlength=len(records.classes)).tolist()
-    return dict(images=len(records), boxes=len(gt["label"]), difficult=int(gt["ignore"].sum()), crowd=int(gt["crowd"].sum()),
-                empty=len(records) - len(np.unique(gt["image"])), problems={k: len(v) for k, v in records.problems.items()},
-                per_class=dict(zip(records.names, per_class)))
+    problems = {k: len(v) for k, v in records.problems.items()}
+    return counts | dict(problems=problems, per_class=dict(zip(records.names, per_class)))
 
 # %% ../nbs/02_data.ipynb #8d25fdb3
 def resize_copy(splits, size, out):
@@ -676,64 +697,69 @@ def resize_copy(splits, size, out):
     for split, records in splits.items():
         records = check_pictures(records)
         (out / "images" / split).mkdir(parents=True)
-        new = (records.sizes * (size / records.sizes.max(1, keepdims=True))).round().astype(int).clip(1)
-        def shrink(i):
-            Image.fromarray(records.picture(i)).resize(tuple(new[i]), Image.LANCZOS).save(out / "images" / split / f"{i:06d}.jpg", quality=90)
-        _each(shrink, len(records))
-        gt, scale = records.gt, np.tile(new / records.sizes, 2)
-        xyxy = gt["box"] * scale[gt["image"]]
-        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1).round(2).tolist()
-        images = [dict(id=id, file_name=f"{i:06d}.jpg", width=int(new[i, 0]), height=int(new[i, 1])) for i, id in enumerate(records.ids)]
-        notes = [dict(id=k + 1, image_id=records.ids[i], category_id=records.classes.ids[c], bbox=b, area=float(a * scale[i, :2].prod()),
-                      iscrowd=int(crowd), ignore=int(ignore), difficult=int(ignore))
-                 for k, (i, c, b, a, crowd, ignore) in enumerate(zip(*(gt[n] for n in ("image", "label")), xywh, *(gt[n] for n in ("area", "crowd", "ignore"))))]
-        cats = [dict(id=i, name=n) for i, n in zip(records.classes.ids, records.names)]
         (out / "annotations").mkdir(exist_ok=True)
-        (out / f"annotations/instances_{split}.json").write_bytes(msgspec.json.encode(dict(images=images, annotations=notes, categories=cats)))
+        new = (records.sizes * (size / records.sizes.max(1, keepdims=True))).round().astype(int).clip(1)
+        name = lambda i: f"{i:06d}.jpg"
+        def shrink(i):
+            small = Image.fromarray(records.picture(i)).resize(tuple(new[i].tolist()), Image.LANCZOS)
+            small.save(out / "images" / split / name(i), quality=90)
+        _each(shrink, len(records))
+        images = [dict(id=id, file_name=name(i), width=w, height=h)
+                  for i, (id, (w, h)) in enumerate(zip(records.ids, new.tolist()))]
+        gt, scale = records.gt, np.tile(new / records.sizes, 2)[records.gt["image"]]
+        xyxy = gt["box"] * scale
+        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1).round(2).tolist()
+        columns = (gt["image"], gt["label"], xywh, gt["area"] * scale[:, 0] * scale[:, 1], gt["crowd"], gt["ignore"])
+        notes = [dict(id=k + 1, image_id=records.ids[i], category_id=records.classes.ids[label], bbox=box,
+                      area=float(area), iscrowd=int(crowd), ignore=int(ignore), difficult=int(ignore))
+                 for k, (i, label, box, area, crowd, ignore) in enumerate(zip(*columns))]
+        cats = [dict(id=i, name=n) for i, n in zip(records.classes.ids, records.names)]
+        content = msgspec.json.encode(dict(images=images, annotations=notes, categories=cats))
+        (out / f"annotations/instances_{split}.json").write_bytes(content)
     return out
 
 # %% ../nbs/02_data.ipynb #6539baa9
+def _decode(records, i, size):
+    "Picture i as a square (3, size, size), its letterbox numbers, and the size it had."
+    picture = read_picture(records.files[i]) if records.files else Image.fromarray(records.pixels[i])
+    square, params = letterbox(picture, size)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1), torch.tensor(params), picture.size
+
+def _decode_all(records, size):
+    "Records that can be decoded, their squares (n, 3, size, size) uint8, their letterbox numbers (n, 4)."
+    squares = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
+    params = torch.zeros(len(records), 4)
+    def work(i):
+        try: squares[i], params[i], old = _decode(records, i, size)
+        except Exception as e: return _fault(e)                          # decoders raise all sorts of things
+        return old
+    sizes = _each(work, len(records))
+    kept = torch.tensor([not isinstance(s, str) for s in sizes])
+    return _without(records, sizes), *((squares, params) if kept.all() else (squares[kept], params[kept]))
+
+# %% ../nbs/02_data.ipynb #568df859
 class DetDataset(torch.utils.data.Dataset):
     """Pictures of a split as squares with targets.
 
-    `ds[i]` or `ds[(epoch, i)]` is `(image uint8 (3, S, S), targets float32 (m, 5) class cx cy w h in 0..1, i, params float32 (4,))`;
-    `params` are those of `letterbox` and mean nothing after `augment`, a function `(ds, i, rng) -> image, boxes, labels`.
-    `square(i)` is the letterboxed `(image, boxes xyxy px, labels, params)`, `tile(i)` the same without padding. `difficult="drop"`
-    leaves difficult and crowd boxes out, `"train"` keeps them. `cache="ram"` holds n * 3 * S * S bytes. `records` are what was
-    readable. `ValueError`: unknown word, or over 5 % unreadable. Source: own.
+    `ds[i]` or `ds[(epoch, i)]` is `(image uint8 (3, S, S), targets float32 (m, 5) class cx cy w h in 0..1, i,
+    params float32 (4,))`; `params` are those of `letterbox` and mean nothing after `augment`, a function `(ds, i,
+    rng) -> image, boxes, labels`. `square(i)` is the letterboxed `(image, boxes xyxy px, labels, params)`,
+    `tile(i)` the same without padding. `difficult="drop"` leaves difficult and crowd boxes out, `"train"` keeps
+    them. `cache="ram"` holds n * 3 * S * S bytes. `records` are what was readable. `ValueError`: unknown word, or
+    over 5 % unreadable. Source: own.
     """
     def __init__(self, records, imgsz, augment=None, difficult="drop", cache="ram", seed=0):
         for name, value, allowed in (("difficult", difficult, ("drop", "train")), ("cache", cache, ("ram", "none"))):
             if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed are {' and '.join(allowed)}")
-        self.records, self.imgsz, self.augment, self.difficult, self.seed = records, imgsz, augment, difficult, seed
-        self.squares = self.params = None
-        if cache == "ram": self._fill()
-        else: self.records = check_pictures(records)
+        self.imgsz, self.augment, self.difficult, self.seed = imgsz, augment, difficult, seed
+        if cache == "ram": self.records, self.squares, self.params = _decode_all(records, imgsz)
+        else: self.records, self.squares, self.params = check_pictures(records), None, None
         rows = self.records.gt["image"]
-        self._targets = self._to_square(slice(None), self.params[rows]) if cache == "ram" else (rows,)
+        self._targets = (rows,) if self.squares is None else self._to_square(slice(None), self.params[rows])
         self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
 
-    def _fill(self):
-        "Decode everything into one array; what cannot be decoded leaves the records."
-        squares = torch.empty((len(self.records), 3, self.imgsz, self.imgsz), dtype=torch.uint8)
-        params = torch.zeros(len(self.records), 4)
-        def work(i):
-            try: squares[i], params[i], size = self._decode(i)
-            except Exception as e: return f"{type(e).__name__}: {e}"     # decoders raise all sorts of things
-            return size
-        sizes = _each(work, len(self.records))
-        kept = torch.tensor([not isinstance(s, str) for s in sizes])
-        self.records = _without(self.records, sizes)
-        self.squares, self.params = (squares, params) if kept.all() else (squares[kept], params[kept])
-
-    def _decode(self, i):
-        files = self.records.files
-        picture = read_picture(files[i]) if files else Image.fromarray(self.records.pixels[i])
-        square, params = letterbox(picture, self.imgsz)
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1), torch.tensor(params), picture.size
-
     def _to_square(self, rows, params):
-        "Picture, box in px of the square, label of the given boxes that are to be learned; params one row a box, or one for all."
+        "Picture, box in px of the square and label of the boxes to be learned; params one row a box, or one for all."
         gt, params = {k: v[rows] for k, v in self.records.gt.items()}, params.double().numpy()
         scale, low = np.tile(params[:, :2], 2), np.tile(params[:, 2:], 2)
         boxes = (gt["box"] * scale + low).clip(low, low + np.tile(self.records.sizes[gt["image"]], 2) * scale)
@@ -743,9 +769,10 @@ class DetDataset(torch.utils.data.Dataset):
 
     def square(self, i):
         rows = slice(self._first[i], self._first[i + 1])
-        if self.squares is not None: return self.squares[i], self._targets[1][rows], self._targets[2][rows], self.params[i]
-        image, params, _ = self._decode(i)
-        return image, *self._to_square(rows, params[None])[1:], params
+        if self.squares is None:
+            image, params, _ = _decode(self.records, i, self.imgsz)
+            return image, *self._to_square(rows, params[None])[1:], params
+        return self.squares[i], self._targets[1][rows], self._targets[2][rows], self.params[i]
 
     def tile(self, i):
         image, boxes, labels, params = self.square(i)
@@ -767,9 +794,10 @@ class DetDataset(torch.utils.data.Dataset):
 class EpochBatches:
     """A batch sampler of `(epoch, index)` pairs.
 
-    `n` samples in batches of `batch`; the order of an epoch is a permutation drawn from `(seed, epoch)`, or 0..n-1 without
-    `shuffle`; `drop_last` leaves out a smaller last batch. `set_epoch(e, start=k)` chooses the epoch and the batch to begin
-    with. Iterating yields lists of (int, int). `ValueError` when not one batch can be made. Source: own.
+    `n` samples in batches of `batch`; the order of an epoch is a permutation drawn from `(seed, epoch)`, or 0..n-1
+    without `shuffle`; `drop_last` leaves out a smaller last batch. `set_epoch(e, start=k)` chooses the epoch and
+    the batch to begin with. Iterating yields lists of (int, int). `ValueError` when not one batch can be made.
+    Source: own.
     """
     def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False):
         if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"no batch of {batch} from {n} pictures")
@@ -796,8 +824,8 @@ def collate(items):
     Returns
     -------
     tuple
-        `images` uint8 `(B, 3, S, S)`; `targets` float32 `(M, 6)`: place in the batch, class, cx, cy, w, h in 0..1; `indices` int64
-        `(B,)`, the places in the split; `params` float32 `(B, 4)` of `letterbox`.
+        `images` uint8 `(B, 3, S, S)`; `targets` float32 `(M, 6)`: place in the batch, class, cx, cy, w, h in 0..1;
+        `indices` int64 `(B,)`, the places in the split; `params` float32 `(B, 4)` of `letterbox`.
 
     Raises
     ------
@@ -810,7 +838,8 @@ def collate(items):
     """
     images, targets, indices, params = zip(*items)
     place = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor([len(t) for t in targets]))
-    return torch.stack(images), torch.cat([place[:, None].float(), torch.cat(targets)], 1), torch.tensor(indices), torch.stack(params)
+    targets = torch.cat([place[:, None].float(), torch.cat(targets)], 1)
+    return torch.stack(images), targets, torch.tensor(indices), torch.stack(params)
 
 def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None):
     """Batches of a data set, the same whatever the number of workers.
@@ -842,6 +871,8 @@ def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None):
     ----------
     torch.utils.data
     """
-    batches = EpochBatches(len(ds), batch, shuffle, ds.seed if seed is None else seed, shuffle if drop_last is None else drop_last)
-    many = dict(persistent_workers=True, timeout=60, multiprocessing_context="fork" if hasattr(os, "fork") else None) if workers else {}
-    return DataLoader(ds, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), **many)
+    seed, drop_last = ds.seed if seed is None else seed, shuffle if drop_last is None else drop_last
+    context = "fork" if hasattr(os, "fork") else None
+    many = dict(persistent_workers=True, timeout=60, multiprocessing_context=context) if workers else {}
+    return DataLoader(ds, batch_sampler=EpochBatches(len(ds), batch, shuffle, seed, drop_last), num_workers=workers,
+                      collate_fn=collate, pin_memory=torch.cuda.is_available(), **many)

@@ -505,12 +505,12 @@ def plot_runs(runs, keys=("box", "obj", "cls", "AP50"), axes=None):
     ----------
     own
     """
+    tables = {k: pd.DataFrame(r if isinstance(r, list) else JsonLog(Path(r) / "log.jsonl").rows()) for k, r in runs.items()}
+    for label, table in tables.items():
+        if table.empty: raise FileNotFoundError(f"{runs[label]}: no log.jsonl, or an empty one")
     axes = plt.subplots(1, len(keys), figsize=(3 * len(keys), 2.6))[1] if axes is None else axes
     axes = np.atleast_1d(axes)
-    for color, (label, run) in zip(HEAD_COLORS * 9, runs.items()):
-        rows = run if isinstance(run, list) else JsonLog(Path(run) / "log.jsonl").rows()
-        if not rows: raise FileNotFoundError(f"{run}: no log.jsonl, or an empty one")
-        table = pd.DataFrame(rows)
+    for color, (label, table) in zip(HEAD_COLORS * 9, tables.items()):
         for ax, key in zip(axes, keys):
             for column, style, text in ((f"train/{key}", "-", label), (f"dev/{key}", "--", None), (key, "--", label)):
                 if column in table: ax.plot(table["epoch"], table[column], style, color=color, label=text)

@@ -265,7 +265,8 @@ def split_heads(model, partition):
 # %% ../nbs/08_heads.ipynb #080c7bb7
 def _head_rows(partition):
     "Row numbers of each head inside one anchor's rows: its own five, then its classes."
-    return [[*range(5 * h, 5 * h + 5), *(5 * partition.nh + c for c in head.classes)] for h, head in enumerate(partition.heads)]
+    own = [[5 * partition.nh + c for c in head.classes] for head in partition.heads]
+    return [[*range(5 * h, 5 * h + 5), *classes] for h, classes in enumerate(own)]
 
 def to_foreign(model, fused=None):
     """Weights under the reference's names.
@@ -388,7 +389,8 @@ def _fill(model, state, rows):
             if f"model.77.m.{l}.{k}" in state: v.copy_(state[f"model.77.m.{l}.{k}"])
             else:
                 for h, r in enumerate(rows):
-                    v.unflatten(0, (head.na, -1))[:, r] = state[f"model.77.heads.{h}.{l}.{k}"].unflatten(0, (head.na, -1))
+                    part = state[f"model.77.heads.{h}.{l}.{k}"]
+                    v.unflatten(0, (head.na, -1))[:, r] = part.unflatten(0, (head.na, -1))
         for kind in ("ia", "im") if head.ia is not None else ():
             getattr(head, kind)[l].copy_(state[f"model.77.{kind}.{l}.implicit"])
 

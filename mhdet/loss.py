@@ -78,7 +78,7 @@ def focal(logit, target=None, gamma=1.5, alpha=.25, pos_weight=1.):
     Lin et al. 2017 (focal loss), equation 5.
     """
     p, t = logit.sigmoid(), 0. if target is None else target
-    lacking = t * (1 - p) + (1 - t) * p
+    lacking = (t * (1 - p) + (1 - t) * p).clamp(min=1e-9)         # a power below 1 is steep without end at 0
     return bce(logit, target, pos_weight) * lacking ** gamma * (t * alpha + (1 - t) * (1 - alpha))
 
 # %% ../nbs/10_loss.ipynb #74b7c73c
@@ -112,8 +112,9 @@ def box_loss(logits, anch, tbox):
     return 1 - ciou(torch.cat([s[:, :2] - .5, s[:, 2:].square() * anch], 1), tbox)
 
 # %% ../nbs/10_loss.ipynb #ef67ed16
-def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5, balance=(4., 1., .4),
-               label_smoothing=0., focal_gamma=0., alpha=.25, cls_pw=1., obj_pw=1., anchor_t=4., gr=1.):
+def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5,
+               balance=(4., 1., .4), label_smoothing=0., focal_gamma=0., alpha=.25, cls_pw=1., obj_pw=1.,
+               anchor_t=4., gr=1.):
     """The loss of a single head, level by level on dense tensors: the readable form, and the yardstick.
 
     Parameters
@@ -123,7 +124,9 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
     targets : Tensor (M, 6)
         image, class, cx, cy, w, h; the last four in 0..1.
     anchors, strides, box_gain, obj_gain, cls_gain, balance, label_smoothing, alpha, cls_pw, obj_pw, anchor_t, gr
-        As in `RoutedLoss`; `focal_gamma` is its `focal`.
+        As in `RoutedLoss`.
+    focal_gamma : float
+        Its `focal`.
 
     Returns
     -------
@@ -161,33 +164,36 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
 
 # %% ../nbs/10_loss.ipynb #06c5b972
 def _places(m): return zip(*(v.split(m.sizes) for v in (m.image, m.anchor, m.gy, m.gx)))
-def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].permute(4, 0, 2, 3, 1)          # (nh, B, H, W, A)
+def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].permute(4, 0, 2, 3, 1)    # (nh, B, H, W, A)
 
 class _Take(Function):
-    "Raw maps -> rows of the positives (n, R) and the objectness of each level (nh, B, H, W, A), float32, copies."
+    "Raw maps -> rows of the positives (n, R); objectness by level (nh, B, H, W, A), copies, `fill` at positives. float32."
     @staticmethod
-    def forward(ctx, m, na, nh, *raws):
+    def forward(ctx, fill, m, na, nh, *raws):
         ctx.args, ctx.like, ctx.device = (m, na, nh), [torch.empty_like(r, device="meta") for r in raws], raws[0].device
         rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, _places(m))])
         fresh = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
-        return rows.float(), *(_objectness(r, na, nh).to(**fresh) for r in raws)
+        obj = [_objectness(r, na, nh).to(**fresh) for r in raws]
+        for o, cell in zip(obj, m.cell.split(m.sizes)): o.view(nh, -1).index_fill_(1, cell, fill)
+        return rows.float(), *obj
 
     @staticmethod
-    def backward(ctx, *grads): return None, None, None, *_Put.apply(ctx.args, ctx.like, ctx.device, *grads)
+    def backward(ctx, *grads): return None, None, None, None, *_Put.apply(ctx.args, ctx.like, ctx.device, *grads)
 
 class _Put(Function):
-    "The transpose of `_Take`: one zero map a level, in the layout of the raw map, with rows and objectness added."
+    "The transpose of `_Take`: one zero map a level, in the layout of the raw map, with objectness and rows written into it."
     @staticmethod
     def forward(ctx, args, like, device, rows, *obj):
         ctx.args, (m, na, nh) = args, args
         out = [torch.zeros_like(x, device=device) for x in like]
         for raw, o, r, at in zip(out, obj, rows.split(m.sizes), _places(m)):
             _objectness(raw, na, nh).copy_(o)
+            as_rows(raw, na)[..., 4:5 * nh:5].index_put_(at, raw.new_zeros(()))
             as_rows(raw, na).index_put_(at, r.to(raw.dtype), accumulate=True)
         return tuple(out)
 
     @staticmethod
-    def backward(ctx, *grads): return None, None, None, *_Take.apply(*ctx.args, *grads)
+    def backward(ctx, *grads): return None, None, None, *_Take.apply(0., *ctx.args, *grads)
 
 # %% ../nbs/10_loss.ipynb #9e1d26f6
 def _classes(loss, logits, cls, head):
@@ -205,27 +211,27 @@ def _last(key, size):
 
 def _presence(loss, obj, logits, quality, head, m):
     "Objectness price by level and head, (L, nh), before level balance and head weight."
-    obj = [o.flatten(1) for o in obj]                                             # (nh, cells and anchors of a level)
+    obj = [o.flatten(1) for o in obj]                                     # (nh, cells and anchors of a level)
     (n, nh), counts = logits.shape, [o.shape[1] for o in obj]
-    for o, cell in zip(obj, m.cell.split(m.sizes)): o.index_fill_(1, cell, -torch.inf)   # price and slope 0, exactly
     start = m.cell.new_tensor([0, *counts[:-1]]).cumsum(0)
     key = m.cell + start[m.level]
-    last = _last(key, sum(counts))[key]                                           # a cell + anchor is kept by its last match
-    owner = _last(last * nh + head, n * nh).view(n, nh)                           # there, the last match of each head, or -1
+    last = _last(key, sum(counts))[key]                                   # a cell + anchor is kept by its last match
+    owner = _last(last * nh + head, n * nh).view(n, nh)                   # there, the last match of each head, or -1
     mine = owner >= 0
-    target = torch.where(mine, F.pad(quality, (0, 1))[owner], 0.)                 # -1 reads the padding
+    target = torch.where(mine, F.pad(quality, (0, 1))[owner], 0.)         # -1 reads the padding
     if loss.others == "background": pay = mine.any(1, keepdim=True).expand(n, nh)
     else: pay = mine if loss.reduce == "head" else F.one_hot(head, nh) * mine
     empty, share = (1., pay) if loss.reduce == "head" else (1 / nh, pay / pay.sum(1, keepdim=True).clamp(min=1))
     full = share * loss.cost(logits, target, loss.obj_pw)
-    return torch.stack([(empty * loss.cost(o).sum(1) + f.sum(0)) / k for o, f, k in zip(obj, full.split(m.sizes), counts)])
+    levels = zip(obj, full.split(m.sizes), counts)
+    return torch.stack([(empty * loss.cost(o).sum(1) + f.sum(0)) / k for o, f, k in levels])
 
 # %% ../nbs/10_loss.ipynb #3aa0bf7d
 def _fits(raws, na, nh, nc):
     due = na * (5 * nh + nc)
-    for i, raw in enumerate(raws):
-        if raw.shape[1] != due:
-            raise ValueError(f"level {i}: {raw.shape[1]} channels, but {na} anchors x (5 x {nh} heads + {nc} classes) = {due}")
+    for i, c in enumerate(r.shape[1] for r in raws):
+        if c == due: continue
+        raise ValueError(f"level {i}: {c} channels, due are {due} = {na} anchors x (5 x {nh} heads + {nc} classes)")
 
 def _named(total, terms, B):
     parts, out = ("box", "obj", "cls"), dict(loss=total.sum() * B)
@@ -238,46 +244,53 @@ def _rebalance(balance, levels, strides):
     return balance / balance[strides.index(16)]
 
 # %% ../nbs/10_loss.ipynb #bd1fc7ed
-_OPTIONS = dict(reduce=("trunk", "head"), others=("background", "ignore"), negatives=("all", "head"), single=("train", "skip"))
+_OPTIONS = dict(reduce=("trunk", "head"), others=("background", "ignore"), negatives=("all", "head"),
+                single=("train", "skip"))
 
 class RoutedLoss(nn.Module):
     """The detection loss of any number of heads; one head gives the plain loss.
 
-    `partition` has `head_of` (nc,), `nh` and `weights` (nh,); `anchors` (L, A, 2) are px, `strides` px a cell. `reduce`, `others`,
-    `negatives`, `single` are the routing options (`single="skip"`: a one-class head pays for no class); `label_smoothing` 0..1;
-    `focal` is gamma, 0 for none, `alpha` its factor; `cls_pw`, `obj_pw` weigh *yes*; `gr` is the share of CIoU in the objectness
-    target; `balance` (L,) weighs the levels' objectness, and with `autobalance` follows them, relative to stride 16.
+    `partition` has `head_of` (nc,), `nh` and `weights` (nh,); `anchors` (L, A, 2) are px, `strides` px a cell.
+    `reduce`, `others`, `negatives`, `single` are the routing options (`single="skip"`: a one-class head pays for no
+    class); `label_smoothing` 0..1; `focal` is gamma, 0 for none, `alpha` its factor; `cls_pw`, `obj_pw` weigh *yes*;
+    `gr` is the share of CIoU in the objectness target; `balance` (L,) weighs the levels' objectness, and with
+    `autobalance` follows them, relative to stride 16.
 
-    Called with raw maps, a list of L Tensors (B, A * (5 nh + nc), H, W) in any memory layout and precision, and targets (M, 6), it
-    returns a dict of float32 scalars: `loss`, times the batch size, the only one with a graph; `box`, `obj`, `cls` with gains and head
-    weights; `h0/box`, `h0/obj`, `h0/cls`, `h1/box`, ... without either. `ValueError`: an option that does not exist (the allowed
-    ones are named), maps that do not fit the partition. Source: own; one head Wang, Bochkovskiy, Liao 2022; `reduce="head"` the
-    router of Yolov7fast.
+    Called with raw maps, a list of L Tensors (B, A * (5 nh + nc), H, W) in any memory layout and precision, and
+    targets (M, 6), it returns a dict of float32 scalars: `loss`, times the batch size, the only one with a graph;
+    `box`, `obj`, `cls` with gains and head weights; `h0/box`, `h0/obj`, `h0/cls`, `h1/box`, ... without either.
+    `ValueError`: an option that does not exist (the allowed ones are named), maps that do not fit the partition.
+    Source: own; for one head Wang, Bochkovskiy, Liao 2022; `reduce="head"` is the router of Yolov7fast.
     """
-    def __init__(self, partition, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5, balance=(4., 1., .4),
-                 reduce="trunk", others="background", negatives="all", single="train", label_smoothing=0., focal=0., alpha=.25,
-                 cls_pw=1., obj_pw=1., anchor_t=4., gr=1., autobalance=False):
+    def __init__(self, partition, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5,
+                 balance=(4., 1., .4), reduce="trunk", others="background", negatives="all", single="train",
+                 label_smoothing=0., focal=0., alpha=.25, cls_pw=1., obj_pw=1., anchor_t=4., gr=1., autobalance=False):
         super().__init__()
         for key, value in dict(reduce=reduce, others=others, negatives=negatives, single=single).items():
             if value not in _OPTIONS[key]: raise ValueError(f"{key}: '{value}' is none of {', '.join(_OPTIONS[key])}")
             setattr(self, key, value)
-        self.nh, self.nc, self.strides, self.anchor_t, self.gr = partition.nh, len(partition.head_of), tuple(strides), anchor_t, gr
+        self.nh, self.nc, self.strides = partition.nh, len(partition.head_of), tuple(strides)
         self.smooth, self.gamma, self.alpha, self.cls_pw, self.obj_pw = label_smoothing, focal, alpha, cls_pw, obj_pw
-        self.autobalance = autobalance
-        numbers = dict(weights=partition.weights, anchors=anchors, balance=balance, gains=(box_gain, obj_gain, cls_gain))
-        for key, value in numbers.items(): self.register_buffer(key, torch.tensor(np.array(value, np.float32)), persistent=False)
-        self.register_buffer("head_of", torch.tensor(np.array(partition.head_of)), persistent=False)
+        self.anchor_t, self.gr, self.autobalance = anchor_t, gr, autobalance
+        gains = box_gain, obj_gain, cls_gain
+        numbers = dict(weights=partition.weights, anchors=anchors, balance=balance, gains=gains)
+        tensors = {k: torch.tensor(np.array(v, np.float32)) for k, v in numbers.items()}
+        for key, value in (tensors | dict(head_of=torch.tensor(np.array(partition.head_of)))).items():
+            self.register_buffer(key, value, persistent=False)
 
     def cost(self, logit, target=None, pos_weight=1.):
-        return focal(logit, target, self.gamma, self.alpha, pos_weight) if self.gamma else bce(logit, target, pos_weight)
+        if self.gamma: return focal(logit, target, self.gamma, self.alpha, pos_weight)
+        return bce(logit, target, pos_weight)
 
     def forward(self, raws, targets):
         if self.gains.device != raws[0].device: self.to(raws[0].device)
         na, nh = self.anchors.shape[1], self.nh
         _fits(raws, na, nh, self.nc)
-        m = match_anchors(targets.to(raws[0].device), [r.shape[2:] for r in raws], self.anchors, self.strides, self.anchor_t)
-        rows, *obj = _Take.apply(m, na, nh, *raws)
-        boxes, logits, head = rows[:, :5 * nh].unflatten(1, (nh, 5)), rows[:, 5 * nh:].contiguous(), self.head_of[m.cls]
+        targets, shapes = targets.to(raws[0].device), [r.shape[2:] for r in raws]
+        m = match_anchors(targets, shapes, self.anchors, self.strides, self.anchor_t)
+        rows, *obj = _Take.apply(-torch.inf, m, na, nh, *raws)
+        boxes, logits = rows[:, :5 * nh].unflatten(1, (nh, 5)), rows[:, 5 * nh:].contiguous()
+        head = self.head_of[m.cls]
         miss = box_loss(boxes[torch.arange(len(head), device=head.device), head, :4], m.anch, m.tbox)
         quality = 1 - self.gr + self.gr * (1 - miss.detach()).clamp(min=0)
         levels = _presence(self, obj, boxes[..., 4], quality, head, m)
@@ -317,6 +330,6 @@ def scale_gains(imgsz, nc, levels=3, box_gain=.05, obj_gain=1., cls_gain=.5):
     ----------
     Training recipe of YOLOv7.
     """
-    if min(imgsz, nc, levels) < 1: raise ValueError(f"imgsz, nc and levels must be 1 or more, got {imgsz}, {nc}, {levels}")
-    per = 3 / levels
-    return dict(box_gain=box_gain * per, obj_gain=obj_gain * (imgsz / 640) ** 2 * per, cls_gain=cls_gain * nc / 80 * per)
+    if min(imgsz, nc, levels) < 1: raise ValueError(f"imgsz, nc, levels must be 1 or more, got {imgsz}, {nc}, {levels}")
+    gains = dict(box_gain=box_gain, obj_gain=obj_gain * (imgsz / 640) ** 2, cls_gain=cls_gain * nc / 80)
+    return {k: v * (3 / levels) for k, v in gains.items()}

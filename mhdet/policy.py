@@ -165,7 +165,7 @@ class Recorder(Callback):
     """
     def __init__(self, log, evaluate=None, every=1):
         self.log, self.evaluate, self.every = log, evaluate, every
-        self.past, self.sums, self.batches = {}, None, 0
+        self.past, self.sums, self.batches, self.names = {}, None, 0, []
 
     def before_fit(self, learner):
         rows = self.log.rows()
@@ -176,16 +176,17 @@ class Recorder(Callback):
     def before_epoch(self, learner):
         old = self.past if learner.batch else {}
         self.sums, self.batches, self.pictures = old.get("sums"), old.get("batches", 0), old.get("pictures", 0)
-        self.start, self.past = time.perf_counter() - old.get("seconds", 0.), {}
+        self.start, self.names = time.perf_counter() - old.get("seconds", 0.), old.get("names", [])
+        self.past = {}
 
     def after_batch(self, learner):
         self.sums = learner.values if self.sums is None else self.sums.to(learner.device) + learner.values
-        self.batches, self.pictures = self.batches + 1, self.pictures + len(learner.data[0])
+        self.batches, self.pictures, self.names = self.batches + 1, self.pictures + len(learner.data[0]), learner.names
 
     def after_epoch(self, learner):
         sums, seconds = self.sums.tolist(), time.perf_counter() - self.start
         share = lambda k: self.pictures if k == "loss" else self.batches
-        means = {f"train/{k}": v / share(k) for k, v in zip(learner.names, sums)}
+        means = {f"train/{k}": v / share(k) for k, v in zip(self.names, sums)}
         row = dict(epoch=learner.epoch, steps=learner.steps, lr=learner.optimizer.param_groups[0]["lr"], **means,
                    seconds=seconds, pictures_per_s=self.pictures / seconds, busy=max(0., 1 - learner.waited / seconds))
         if self.evaluate and (learner.epoch % self.every == 0 or learner.epoch >= learner.epochs):
@@ -198,7 +199,7 @@ class Recorder(Callback):
     def state_dict(self):
         if not self.batches: return {}
         seconds = time.perf_counter() - self.start
-        return dict(sums=self.sums, batches=self.batches, pictures=self.pictures, seconds=seconds)
+        return dict(sums=self.sums, names=self.names, batches=self.batches, pictures=self.pictures, seconds=seconds)
 
     def load_state_dict(self, state): self.past = state
 
@@ -267,7 +268,7 @@ class Checkpoint(Callback):
 class Deadline(Callback):
     """Stops a fit, in good order, after `max_hours` of wall clock; `learner.stopped` is `max_hours`.
 
-    Counted anew in each process. Put before `Checkpoint`. A limit that is not positive raises `ValueError`. Source:
+    Counted anew in each process. A limit that is not positive raises `ValueError`. Source:
     own.
     """
     def __init__(self, max_hours):

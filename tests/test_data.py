@@ -1,0 +1,177 @@
+"""What chapters 02 and 03 must survive and is too slow or too awkward to show there: broken files, random boxes, real packs."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mhdet.augment import affine, compose, hflip, random_matrix
+from mhdet.boxes import to_xyxy, unletterbox
+from mhdet.core import DataCfg
+from mhdet.data import (ClassMap, DetDataset, Records, census, check_pictures, loader, open_data, read_coco, resize_copy,
+                        toy_dataset)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data with real pictures")
+
+
+def coco(root, n=40, split="train", **more):
+    "A COCO folder of n noise JPEGs, one box each; returns (root, the JSON's content)."
+    images, rng = root / "images" / split, np.random.default_rng(0)
+    images.mkdir(parents=True), (root / "annotations").mkdir(exist_ok=True)
+    for k in range(n): Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(images / f"{k}.jpg")
+    data = dict(images=[dict(id=k, file_name=f"{k}.jpg", width=64, height=48) for k in range(n)],
+                annotations=[dict(id=k, image_id=k, category_id=5, bbox=[4, 4, 20, 10], iscrowd=0) for k in range(n)],
+                categories=[dict(id=5, name="noise")]) | more
+    return write(root, data, split), data
+
+
+def write(root, data, split="train"):
+    (root / f"annotations/instances_{split}.json").write_text(json.dumps(data))
+    return root
+
+
+def break_pictures(root, zero=0, cut=0, lost=0):
+    files = sorted((root / "images/train").iterdir())
+    for f in files[:zero]: f.write_bytes(b"")
+    for f in files[zero:zero + cut]: f.write_bytes(f.read_bytes()[:len(f.read_bytes()) * 2 // 3])
+    for f in files[zero + cut:zero + cut + lost]: f.unlink()
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_broken_pictures_are_counted_listed_and_left_out(tmp_path, cache):
+    root, _ = coco(tmp_path)
+    break_pictures(root, zero=1, cut=1)
+    before = {f: f.read_bytes() for f in root.rglob("*.*")}
+    ds = DetDataset(open_data(root, dev=0)["train"], 32, cache=cache)
+    assert len(ds) == 38 and census(ds.records)["problems"] == {"unreadable picture": 2}
+    assert any("truncated" in p for p in ds.records.problems["unreadable picture"])
+    assert {int(i) for b in loader(ds, 8, drop_last=False) for i in b[2]} == set(range(38))
+    assert before == {f: f.read_bytes() for f in root.rglob("*.*")}                # nothing of the user's is rewritten
+
+
+@pytest.mark.parametrize("broken", [dict(zero=3), dict(cut=3), dict(lost=3), dict(zero=1, cut=1, lost=1)], ids=str)
+def test_more_than_one_in_twenty_is_an_error(tmp_path, broken):
+    root, _ = coco(tmp_path)
+    break_pictures(root, **broken)
+    with pytest.raises(ValueError, match="train: 3 of 40 pictures are missing or unreadable"):
+        check_pictures(open_data(root, dev=0)["train"])
+    with pytest.raises(ValueError, match="3 of 40"): DetDataset(open_data(root, dev=0)["train"], 32)
+
+
+def test_a_jpeg_cut_anywhere_is_found(tmp_path):
+    root, _ = coco(tmp_path, n=60)
+    for k, f in enumerate(sorted((root / "images/train").iterdir())[:3]):
+        f.write_bytes(f.read_bytes()[:(20, 500, -200)[k]])
+    assert len(check_pictures(read_coco(root / "annotations/instances_train.json"))) == 57
+
+
+def test_wrong_annotations_are_counted_by_kind(tmp_path):
+    root, data = coco(tmp_path)
+    good = len(data["annotations"])
+    bad = [dict(bbox=[float("nan"), 1, 2, 3]), dict(bbox=[1, 1, float("inf"), 3]), dict(bbox="no"), dict(bbox=[1, 1, -5, 5]),
+           dict(bbox=[1, 1, 5, 0]), dict(category_id=99), dict(image_id=12345), dict(bbox=[64, 0, 5, 5])]
+    data["annotations"] += [dict(id=100 + k, image_id=0, category_id=5, bbox=[1, 1, 9, 9]) | b for k, b in enumerate(bad)]
+    found = census(open_data(write(root, data), dev=0)["train"])
+    assert found["boxes"] == good and found["problems"] == {
+        "annotation of an unknown picture": 1, "unknown category": 1, "box not finite": 3, "box without area": 2,
+        "box outside its picture": 1}
+
+
+def test_ids_without_file_and_files_of_another_size(tmp_path):
+    root, data = coco(tmp_path)
+    data["images"] += [dict(id=77, file_name="gone.jpg", width=9, height=9)]
+    data["images"][3] |= dict(width=50)
+    data["annotations"] += [dict(id=77, image_id=77, category_id=5, bbox=[1, 1, 5, 5])]
+    records = check_pictures(open_data(write(root, data), dev=0)["train"])
+    assert len(records) == 40 and len(records.gt["label"]) == 40 and records.sizes[3].tolist() == [64, 48]
+    assert {k: len(v) for k, v in records.problems.items()} == {"picture without file": 1, "size is not the annotation's": 1}
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", "not JSON"), ("[1]", "lists images"), ('{"images": []}', "lists images"),
+    ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lacks id or file_name")])
+def test_a_file_that_is_not_coco(tmp_path, content, words):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/train.json").write_text(content)
+    with pytest.raises(ValueError, match=words): open_data(tmp_path)
+
+
+def test_two_candidates_and_unlike_splits(tmp_path):
+    root, data = coco(tmp_path)
+    coco(root, split="val", categories=[dict(id=5, name="signal")])
+    with pytest.raises(ValueError, match="differ in their classes: noise, signal"): open_data(root)
+    write(root, data, "train2017")
+    with pytest.raises(ValueError, match="several files for train: instances_train.json, instances_train2017.json"): open_data(root)
+
+
+def one_box(w, h, box):
+    "Records of one drawn picture with one box."
+    gt = dict(image=np.zeros(1, int), label=np.zeros(1, int), box=np.array([box], float), ignore=np.zeros(1, bool),
+              crowd=np.zeros(1, bool), area=np.ones(1))
+    return Records(ClassMap(["a"], [1]), [0], None, np.array([[w, h]]), gt, pixels=np.zeros((1, h, w, 3), np.uint8))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 128), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_a_box_comes_back_from_the_square(w, h, size, u):
+    x0, x1 = sorted((u[0] * w, u[1] * w)), sorted((u[2] * h, u[3] * h))
+    box = [x0[0], x1[0], x0[1] + 1e-3, x1[1] + 1e-3]
+    image, targets, _, params = DetDataset(one_box(w, h, box), size)[0]
+    assert image.shape == (3, size, size) and ((targets[:, 1:] >= 0) & (targets[:, 1:] <= 1)).all()
+    back = unletterbox(to_xyxy(targets[:, 1:]) * size, params)
+    inside = torch.tensor(box).clamp(max=torch.tensor([w, h, w, h], dtype=torch.float32))
+    assert torch.allclose(back, inside[None], atol=max(w, h) / size * 2e-3 + 2e-3)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.floats(0, 30), st.floats(0, 10), st.floats(0, .9))
+def test_warped_boxes_stay_inside_and_contain_their_middle(seed, degrees, shear, scale):
+    rng = np.random.default_rng(seed)
+    matrix = random_matrix((80, 80), 64, rng, degrees=degrees, shear=shear, scale=scale)
+    low = rng.uniform(0, 50, (5, 2))
+    boxes = torch.from_numpy(np.concatenate([low, low + rng.uniform(4, 30, (5, 2))], 1)).float()
+    image, moved, labels = affine(torch.zeros(3, 80, 80), boxes, torch.arange(5), matrix, 64)
+    assert image.shape == (3, 64, 64) and len(moved) == len(labels) and ((moved >= 0) & (moved <= 64)).all()
+    middle = ((boxes[:, :2] + boxes[:, 2:]) / 2).double().numpy() @ matrix[:, :2].T + matrix[:, 2]
+    seen = torch.from_numpy(middle[labels.numpy()]).float()
+    inside = ((seen > 0) & (seen < 64)).all(1)
+    assert ((seen >= moved[:, :2] - .01) & (seen <= moved[:, 2:] + .01)).all(1)[inside].all()
+    assert torch.allclose(hflip(*hflip(image, moved))[1], moved, atol=1e-4)
+
+
+@pytest.mark.timeout(200)
+def test_workers_and_restarts_change_no_augmented_sample():
+    ds = DetDataset(toy_dataset(64, size=64), 64, augment=compose(DataCfg(degrees=5., flipud=.3, mixup=.3)), seed=3)
+    def batches(workers, start=0):
+        out = loader(ds, 16, workers)
+        out.batch_sampler.set_epoch(2, start)
+        return list(out)
+    alone = batches(0)
+    for other, first in ((batches(2), 0), (batches(1), 0), (batches(0, 2), 2)):
+        assert len(other) == 4 - first
+        assert all(torch.equal(x, y) for a, b in zip(alone[first:], other) for x, y in zip(a, b))
+
+
+@shared
+def test_a_resized_copy_holds_the_same_boxes(tmp_path):
+    val = open_data(SHARED / "voc2007-mini", "val")["val"].subset(range(20))
+    copy = open_data(resize_copy({"val": val}, 160, tmp_path / "small"), "val")["val"]
+    scale = np.tile(copy.sizes / val.sizes, 2)[val.gt["image"]]
+    assert np.abs(copy.gt["box"] - val.gt["box"] * scale).max() < .011
+    assert (copy.gt["ignore"] == val.gt["ignore"]).all() and copy.names == val.names and copy.ids == val.ids
+    assert max(copy.sizes.max(1)) == 160 and copy.picture(0).shape[:2] == tuple(copy.sizes[0][::-1])
+
+
+@shared
+@pytest.mark.timeout(200)
+def test_five_thousand_pictures_load_in_seconds():
+    start = time.time()
+    ds = DetDataset(open_data(SHARED / "voc2007-160", dev=0)["train"], 160)
+    assert len(ds) == 5008 and time.time() - start < 90                            # 3 to 6 s on an idle machine
+    assert sum(len(ds.square(i)[1]) for i in range(len(ds))) == 15655 - 3054
