@@ -427,7 +427,7 @@ _PETALS = _round(48) * (.78 + .22 * np.cos(6 * np.arange(48) * 2 * np.pi / 48))[
 TOY_SHAPES = {
     "disc": [(_round(28), BASE)],
     "ring": [(_round(28), BASE), (_round(20, .5), DARK)],
-    "ball": [(_round(28), BASE), (_round(14, .36, -.32, -.34), LIGHT)],
+    "ball": [(_round(28), BASE), (_round(14, .42, -.3, -.3), LIGHT)],
     "box": [(_SLAB, BASE), (_rect(-1, -.85, 1, -.35), DARK)],
     "crate": [(_SLAB, BASE), (_BAR, DARK), (_BAR * [-1, 1], DARK)],
     "window": [(_SLAB, BASE), (_PANE, LIGHT), (_PANE * [-1, 1], LIGHT), (_rect(-.72, .1, .72, .6), LIGHT)],
@@ -451,7 +451,7 @@ def _scribble(draw, rng, S, n):
 def _toy_object(draw, rng, label, centre, radius):
     "Paint one object on a canvas of double size; returns the box of its outline in px of the picture."
     family = next(f for f, names in enumerate(TOY_FAMILIES) if TOY_CLASSES[label] in names)
-    own, turn, wide = rng.random() < .8, rng.normal(0, .12), rng.uniform(.8, 1.25)
+    own, turn, wide = rng.random() < .9, rng.normal(0, .12), rng.uniform(.8, 1.25)
     hue = (_HUES[family] + rng.normal(0, .03)) % 1 if own else rng.random()
     base = 255 * np.array(hsv_to_rgb(hue, rng.uniform(.6, .95), rng.uniform(.75, 1)))
     tones = [tuple(int(v) for v in c) for c in (base, base * .45, base * .3 + 178)]
@@ -470,7 +470,7 @@ def _toy_picture(rng, size, grain):
     draw, boxes, labels = ImageDraw.Draw(canvas), np.zeros((0, 4)), []
     _scribble(draw, rng, 2 * size, rng.integers(6, 18))
     for label in rng.choice(len(TOY_SHARE), rng.integers(1, 9), p=TOY_SHARE):
-        radius = size * np.exp(rng.uniform(np.log(.04), np.log(.2)))
+        radius = size * np.exp(rng.uniform(np.log(.055), np.log(.2)))
         for centre in rng.uniform(radius, size - radius, (6, 2)):
             low, high = np.maximum(boxes[:, :2], centre - radius), np.minimum(boxes[:, 2:], centre + radius)
             smaller = np.minimum(np.prod(boxes[:, 2:] - boxes[:, :2], 1), 4 * radius ** 2)
@@ -480,7 +480,7 @@ def _toy_picture(rng, size, grain):
         labels.append(label)
     _scribble(draw, rng, 2 * size, rng.integers(0, 4))
     x, y = rng.integers(0, len(grain) - size, 2)
-    noisy = np.asarray(canvas.reduce(2)) + grain[y:y + size, x:x + size] * np.float32(rng.uniform(2, 12))
+    noisy = np.asarray(canvas.reduce(2)) + grain[y:y + size, x:x + size] * np.float32(rng.uniform(2, 10))
     return noisy.clip(0, 255).astype(np.uint8), boxes, labels
 
 def toy_dataset(n=1500, seed=0, size=128):

@@ -21,7 +21,7 @@ from .core import Cfg, HEAD_COLORS, JsonLog, load_cfg, new_run, set_seed
 from .data import DetDataset, loader, open_data
 from .heads import Detector, decode, detect, load_foreign, split_heads, transfer
 from .learner import Learner, accumulation, make_accelerator, to_unit
-from .loss import RoutedLoss
+from .loss import RoutedLoss, scale_gains
 from .metrics import confusion, evaluate, match_dets, write_confusion, write_results
 from .partition import Partition, load_heads, save_heads
 from .policy import EMA, Checkpoint, Deadline, FreezeStages, Progress, Recorder, Schedule, sgd
@@ -153,8 +153,7 @@ def make_loss(cfg, model):
     own
     """
     t, head = cfg.train, model.head
-    obj_gain, cls_gain = t.obj_gain * (cfg.data.imgsz / 640) ** 2, t.cls_gain * head.nc / 80
-    gains = dict(box_gain=t.box_gain, obj_gain=obj_gain, cls_gain=cls_gain)
+    gains = scale_gains(cfg.data.imgsz, head.nc, len(head.strides), t.box_gain, t.obj_gain, t.cls_gain)
     same = ("reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
     options = gains | {k: getattr(t, k) for k in same}
     return RoutedLoss(head.partition, head.anchors.tolist(), head.strides, **options)
@@ -505,7 +504,8 @@ def plot_runs(runs, keys=("box", "obj", "cls", "AP50"), axes=None):
     ----------
     own
     """
-    tables = {k: pd.DataFrame(r if isinstance(r, list) else JsonLog(Path(r) / "log.jsonl").rows()) for k, r in runs.items()}
+    read = lambda run: run if isinstance(run, list) else JsonLog(Path(run) / "log.jsonl").rows()
+    tables = {label: pd.DataFrame(read(run)) for label, run in runs.items()}
     for label, table in tables.items():
         if table.empty: raise FileNotFoundError(f"{runs[label]}: no log.jsonl, or an empty one")
     axes = plt.subplots(1, len(keys), figsize=(3 * len(keys), 2.6))[1] if axes is None else axes

@@ -164,31 +164,31 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
 
 # %% ../nbs/10_loss.ipynb #06c5b972
 def _places(m): return zip(*(v.split(m.sizes) for v in (m.image, m.anchor, m.gy, m.gx)))
-def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].permute(4, 0, 2, 3, 1)    # (nh, B, H, W, A)
+def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].transpose(1, 4)           # (B, nh, H, W, A)
 
 class _Take(Function):
-    "Raw maps -> rows of the positives (n, R); objectness by level (nh, B, H, W, A), copies, `fill` at positives. float32."
+    "Raw maps -> rows of the positives (n, R), and by level objectness (B, nh, H, W, A), `fill` at positives."
     @staticmethod
     def forward(ctx, fill, m, na, nh, *raws):
         ctx.args, ctx.like, ctx.device = (m, na, nh), [torch.empty_like(r, device="meta") for r in raws], raws[0].device
         rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, _places(m))])
         fresh = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
         obj = [_objectness(r, na, nh).to(**fresh) for r in raws]
-        for o, cell in zip(obj, m.cell.split(m.sizes)): o.view(nh, -1).index_fill_(1, cell, fill)
+        for o, at in zip(obj, _places(m)): o.transpose(1, 4)[at] = fill
         return rows.float(), *obj
 
     @staticmethod
     def backward(ctx, *grads): return None, None, None, None, *_Put.apply(ctx.args, ctx.like, ctx.device, *grads)
 
 class _Put(Function):
-    "The transpose of `_Take`: one zero map a level, in the layout of the raw map, with objectness and rows written into it."
+    "The transpose of `_Take`: one zero map a level, in the layout of the raw map, with objectness and rows put in."
     @staticmethod
     def forward(ctx, args, like, device, rows, *obj):
         ctx.args, (m, na, nh) = args, args
         out = [torch.zeros_like(x, device=device) for x in like]
         for raw, o, r, at in zip(out, obj, rows.split(m.sizes), _places(m)):
             _objectness(raw, na, nh).copy_(o)
-            as_rows(raw, na)[..., 4:5 * nh:5].index_put_(at, raw.new_zeros(()))
+            as_rows(raw, na)[..., 4:5 * nh:5][at] = 0
             as_rows(raw, na).index_put_(at, r.to(raw.dtype), accumulate=True)
         return tuple(out)
 
@@ -211,8 +211,7 @@ def _last(key, size):
 
 def _presence(loss, obj, logits, quality, head, m):
     "Objectness price by level and head, (L, nh), before level balance and head weight."
-    obj = [o.flatten(1) for o in obj]                                     # (nh, cells and anchors of a level)
-    (n, nh), counts = logits.shape, [o.shape[1] for o in obj]
+    (n, nh), counts = logits.shape, [o[:, 0].numel() for o in obj]            # cells and anchors of each level
     start = m.cell.new_tensor([0, *counts[:-1]]).cumsum(0)
     key = m.cell + start[m.level]
     last = _last(key, sum(counts))[key]                                   # a cell + anchor is kept by its last match
@@ -224,7 +223,7 @@ def _presence(loss, obj, logits, quality, head, m):
     empty, share = (1., pay) if loss.reduce == "head" else (1 / nh, pay / pay.sum(1, keepdim=True).clamp(min=1))
     full = share * loss.cost(logits, target, loss.obj_pw)
     levels = zip(obj, full.split(m.sizes), counts)
-    return torch.stack([(empty * loss.cost(o).sum(1) + f.sum(0)) / k for o, f, k in levels])
+    return torch.stack([(empty * loss.cost(o).sum((0, 2, 3, 4)) + f.sum(0)) / k for o, f, k in levels])
 
 # %% ../nbs/10_loss.ipynb #3aa0bf7d
 def _fits(raws, na, nh, nc):
