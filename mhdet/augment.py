@@ -77,7 +77,9 @@ def hsv(image, rng, h=.015, s=.7, v=.4):
     cos = math.cos(turn)
     mix = gv * (cos * torch.eye(3) + (1 - cos) / 3 + math.sin(turn) * _AXIS)
     turned = torch.einsum("dc,chw->dhw", mix, image.float())
-    return torch.lerp(turned.amax(0), turned, gs).clamp_(0, 255)
+    peak = turned.amax(0)
+    fit = (255 / peak).clamp_(max=1)                  # overexposed: the brightest channel stops at 255, the hue stays
+    return torch.lerp(peak * fit, turned * fit, gs).clamp_(0, 255)
 
 # %% ../nbs/03_augment.ipynb #6a3a84d1
 def random_matrix(canvas, size, rng, degrees=0., translate=.1, scale=.5, shear=0.):

@@ -80,7 +80,8 @@ def _table(rows):
     "Rows (dicts or a DataFrame) as text."
     import pandas as pd
     number = lambda v: f"{v:.0f}" if abs(v) >= 1e4 else f"{v:.4g}"
-    return pd.DataFrame(rows).to_string(index=False, na_rep="-", float_format=number)
+    rows = pd.DataFrame(rows).map(lambda v: "-" if v is None else v)
+    return rows.to_string(index=False, na_rep="-", float_format=number)
 
 # %% ../nbs/21_cli.ipynb #bfe64990
 def _opt(default, help, *names):
@@ -151,9 +152,10 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
         asked = json.loads((folder / "asked.json").read_text())
         asked["chosen"] |= _resumable(name, chosen)
     elif any(folder.glob("base-s*")): raise FileExistsError(f"{folder}: exists already; --resume {name}?")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "asked.json").write_text(json.dumps(asked), encoding="utf8")
-    found = study(load_cfg(asked["chosen"]), asked["seeds"], asked["arms"].split(","), asked["heads"], ROOT)
+    def say(line):                                               # the first one comes when all was found in order
+        (folder / "asked.json").write_text(json.dumps(asked), encoding="utf8")
+        print(line)
+    found = study(load_cfg(asked["chosen"]), asked["seeds"], asked["arms"].split(","), asked["heads"], ROOT, say=say)
     return found, f"{_table(study_table(found))}\n\n{found['sentence']}\n{found['folder']}/report.md"
 
 @_command()
@@ -169,8 +171,9 @@ def _train(names, chosen, resume: str = _opt(None, "A run to go on with.")):
     stopped = json.loads((run / "env.json").read_text())["stopped"]
     if stopped in SIGNALS: raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {run.name}")
     last = (JsonLog(run / "log.jsonl").rows() or [{}])[-1]
-    facts = {k: last.get(k) for k in "epoch AP50 AP P R train/box train/obj train/cls seconds".split()}
-    return dict(run=str(run), stopped=stopped, **facts), [dict(run=str(run), **facts)]
+    keys = "epoch AP50 AP P R train/box train/obj train/cls seconds".split()
+    facts = dict(run=str(run), stopped=stopped) | {k: last.get(k) for k in keys}
+    return facts, [facts]
 
 # %% ../nbs/21_cli.ipynb #74838883
 GT, DT, SPLIT = _opt(None, "Truth, a COCO JSON."), _opt(None, "Answers, COCO results JSON."), "Of the run's data."
@@ -258,7 +261,7 @@ def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.joi
                pairs: str = _opt(None, "YAML of pairs to keep apart."),
                counts: str = _opt(None, "CSV of boxes per class; without it --data's train, or the confusion's rows."),
                k: int = _opt(None, "Confused pairs to part; as many as classes."),
-               share: float = _opt(.25, "A class with more of the boxes stands alone."),
+               share: float = _opt(None, "A class with more of the boxes stands alone; 1 / heads."),
                out: str = _opt(None, "Head file to write.")):
     "Which classes share a head: a head file and its card."
     from mhdet.partition import Pairs, Partition, anti_confusion, card, confused_pairs, read_pairs, save_heads
@@ -269,7 +272,7 @@ def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.joi
     wish = read_pairs(pairs, classes) if pairs else Pairs([], [], [])
     if wish.together: print(f"mhdet: {pairs}: {strategy} takes no notice of 'together'", file=sys.stderr)
     apart = wish.pairs + (confused_pairs(matrix, classes, k or len(classes)) if confusion else [])
-    if boxes is None: share = None
+    if boxes is not None and share is None: share = 1 / heads
     made = {"anti_confusion": lambda: anti_confusion(classes, apart, boxes, heads, wish.solo, share),
             "standard": lambda: standard(classes), "single": lambda: Partition.single(classes),
             "random": lambda: random_heads(classes, heads, chosen.get("seed", 0), boxes)}[strategy]()
@@ -427,7 +430,7 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
     "Speed and memory, as ratios measured in one run."
     from mhdet.export import bench, bench_table
     found = bench(chosen.get("device", "cpu"), quick)
-    return found, bench_table(found)
+    return found, bench_table(found).rename_axis("ratio").reset_index()
 
 # %% ../nbs/21_cli.ipynb #3ea01b89
 def _needs(cfg, nc=80):

@@ -22,12 +22,9 @@ import yaml
 class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is looked at: pictures, their size, and what may be done to them.
 
-    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `dev` the share of train kept
-    for choosing;
+    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `dev` the share of train kept for choosing;
     `scale`, `translate` and the `hsv_*` gains are fractions, `degrees` and `shear` degrees, the other augmentations
-    probabilities. A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`).
-    Source: own;
-    the numbers are those of the YOLOv7-tiny recipe.
+    probabilities. A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`). Source: own.
     """
     data: str = "toy"
     imgsz: int = 128
@@ -53,8 +50,7 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is trained: the width of the trunk, the head file, the weights to start from.
 
     `heads` is a head file (none: one head); `weights` a run or a file; `transfer` how they are taken over.
-    Errors as in
-    `DataCfg`. Source: own.
+    Errors as in `DataCfg`. Source: own.
     """
     width: float = .25
     heads: str | None = None
@@ -67,11 +63,9 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """How it is trained, and how its answers are read.
 
-    `lr` is for a nominal batch of 64 pictures, to which smaller batches are accumulated; `warmup` in epochs,
-    never more than
-    a tenth of the run; `lrf` the share of `lr` left at the end; `max_hours` wall clock; `conf`, `nms_iou` and
-    `max_det` are for
-    evaluation. Errors as in `DataCfg`. Source: own; the numbers are those of the YOLOv7-tiny recipe.
+    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `warmup` in epochs, never more than a tenth
+    of the run; `lrf` the share of `lr` left at the end; the gains are for 640 px and 80 classes and scaled from there; `max_hours`
+    is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`. Source: own.
     """
     run: str | None = None
     seed: int = 0
@@ -114,8 +108,7 @@ class Cfg(msgspec.Struct, forbid_unknown_fields=True):
     """The three groups together: `cfg.data`, `cfg.net`, `cfg.train`.
 
     `flat()` is one dict of all choices, as written to `config.yaml`; `override(key=value)` a changed copy.
-    Errors as in
-    `load_cfg`. Source: own.
+    Errors as in `load_cfg`. Source: own.
     """
     data: DataCfg = msgspec.field(default_factory=DataCfg)
     net: NetCfg = msgspec.field(default_factory=NetCfg)
@@ -296,10 +289,8 @@ class JsonLog:
     """A file of one JSON object a line.
 
     `append(**row)` writes and flushes a row, `rows()` reads them all; a half-written last line, left by a
-    crash, is dropped.
-    `path` is a str or Path; its folder must exist (`FileNotFoundError`). A broken line before the last raises
-    `ValueError`
-    with file and line. Source: own.
+    crash, is dropped. `path` is a str or Path; its folder must exist (`FileNotFoundError`). A broken line
+    before the last raises `ValueError` with file and line. Source: own.
     """
     def __init__(self, path): self.path = Path(path)
 

@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'COLUMNS', 'VOC', 'SUFFIXES', 'TOY_FAMILIES', 'TOY_COMM
            'collate', 'loader']
 
 # %% ../nbs/02_data.ipynb #864f6cd7
-import json, os
+import json, os, signal
 import xml.etree.ElementTree as ET
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -813,6 +813,10 @@ class EpochBatches:
         for k in range(start, len(self)):
             yield [(epoch, i) for i in order[k * self.batch_size:(k + 1) * self.batch_size].tolist()]
 
+def _calm(worker):
+    "Ctrl-C and SIGTERM reach the whole process group; the main process alone decides, and saves in peace."
+    for name in (signal.SIGINT, signal.SIGTERM): signal.signal(name, signal.SIG_IGN)
+
 def collate(items):
     """Put samples together.
 
@@ -875,4 +879,4 @@ def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None):
     context = "fork" if hasattr(os, "fork") else None
     many = dict(persistent_workers=True, timeout=60, multiprocessing_context=context) if workers else {}
     return DataLoader(ds, batch_sampler=EpochBatches(len(ds), batch, shuffle, seed, drop_last), num_workers=workers,
-                      collate_fn=collate, pin_memory=torch.cuda.is_available(), **many)
+                      collate_fn=collate, worker_init_fn=_calm, pin_memory=torch.cuda.is_available(), **many)

@@ -98,9 +98,10 @@ def draw_pictures(n, size, seed):
 def _row(fixture, variant, quantity, got, due, tolerance, scale=None):
     "One comparison; errors are divided by `scale`, by default by what is due."
     got, due, scale = (np.squeeze(np.asarray(v, dtype=float)) for v in (got, due, due if scale is None else scale))
-    error = np.max(np.abs(got - due) / np.where(scale == 0, 1, abs(scale)), initial=0) if got.shape == due.shape else math.nan
-    return dict(fixture=fixture, variant=variant, quantity=quantity, error=float(error) if np.isfinite(error) else None,
-                tolerance=tolerance, ok=bool(error <= tolerance))
+    off = (got - due) / np.where(scale == 0, 1, scale) if got.shape == due.shape else math.nan
+    error = float(np.max(np.abs(off), initial=0))
+    return dict(fixture=fixture, variant=variant, quantity=quantity, error=error if math.isfinite(error) else None,
+                tolerance=tolerance, ok=error <= tolerance)
 
 def _partition(classes, weights=None):
     heads = [Head(f"head{h}", list(ids), weights[h] if weights else 1.) for h, ids in enumerate(classes)]
@@ -125,34 +126,37 @@ def _forward(row, state, partition, spec, z, raw, whole):
     "Rows of a forward pass; `raw(h, l)` names the stored raw maps, `whole` the answers."
     model = load_foreign(state, partition).to(memory_format=torch.contiguous_format)
     size, due, raws = z["image_u8"].shape[-1], z[whole], model(torch.from_numpy(z["image_u8"]).float() / 255)
-    stored = [[z[raw(h, l)] for h in range(partition.nh)] for l in range(len(raws))]
-    decoded, scale = _answers([_fuse(s, partition) for s in stored], model.head), np.ones_like(due)
-    scale[..., :4] = size + np.abs(due[..., :4])
-    return [row("image", draw_pictures(len(z["image_u8"]), size, spec["image_seed"]), z["image_u8"], 0, 1),
-            *(row(f"sum of {k}", state[k].double().sum(), v, 1e-9, state[k].abs().sum()) for k, v in spec.get("checksum", {}).items()),
-            *(row(raw(h, l), as_rows(raws[l])[..., at], stored[l][h], 1e-4, 1)
-              for l in range(len(raws)) for h, at in enumerate(_head_rows(partition))),
-            row(whole, decoded[..., :4], due[..., :4], 3e-3, 1), row(f"{whole}_scores", decoded[..., 4:], due[..., 4:], 1e-5, 1),
+    rows = [row("image", draw_pictures(len(due), size, spec["image_seed"]), z["image_u8"], 0, 1)]
+    for k, v in spec.get("checksum", {}).items():
+        rows.append(row(f"sum of {k}", state[k].double().sum(), v, 1e-9, state[k].abs().sum()))
+    places = [(raw(h, l), as_rows(r)[..., at]) for l, r in enumerate(raws) for h, at in enumerate(_head_rows(partition))]
+    rows += [row(name, got, z[name], 1e-4, 1) for name, got in places]
+    stored = [_fuse([z[raw(h, l)] for h in range(partition.nh)], partition) for l in range(len(raws))]
+    got, scale = _answers(stored, model.head), np.r_[[1.] * 4, [0.] * (due.shape[-1] - 4)] * (size + np.abs(due))
+    return [*rows, row(whole, got[..., :4], due[..., :4], 3e-3, 1), row(f"{whole}_scores", got[..., 4:], due[..., 4:], 1e-5, 1),
             row(f"{whole}_end_to_end", _answers(raws, model.head), due, 1e-4, scale)]
 
 def _tiny(name, spec, z):
     "Rows of `tiny_forward`: one head with implicit vectors."
     spec, partition = spec.get(name, spec), _partition([range(z["raw0"].shape[-1] - 5)])
-    state, row = draw_weights(to_foreign(Detector.make(partition, 1., True)), spec["weight_seed"]), partial(_row, name, f"nc={partition.nc}")
-    return [row("n_tensors", len(state), spec["n_tensors"], 0), *_forward(row, state, partition, spec, z, lambda h, l: f"raw{l}", "decoded")]
+    state = draw_weights(to_foreign(Detector.make(partition, implicit=True)), spec["weight_seed"])
+    row = partial(_row, name, f"nc={partition.nc}")
+    rows = _forward(row, state, partition, spec, z, lambda h, l: f"raw{l}", "decoded")
+    return [row("n_tensors", len(state), spec["n_tensors"], 0), *rows]
 
 def _multi(name, spec, z):
     "Rows of `multihead_forward`: several heads, on the trunk that the rule draws for a single-head network."
-    partition, row = _partition(spec["classes"]), partial(_row, name, spec["config"])
-    trunk = draw_weights(to_foreign(Detector.make(_partition([range(spec["trunk_rule_nc"])]), 1., True)), spec["trunk_weight_seed"])
+    partition, other = _partition(spec["classes"]), _partition([range(spec["trunk_rule_nc"])])
+    trunk = draw_weights(to_foreign(Detector.make(other, implicit=True)), spec["trunk_weight_seed"])
     state = draw_weights(to_foreign(Detector.make(partition), fused=False), spec["head_weight_seed"], only="model.77.")
     state |= {k: v for k, v in trunk.items() if not k.startswith("model.77.")}
-    return [*_forward(row, state, partition, spec, z, lambda h, l: f"head{h}_raw{l}", "merged"),
-            row("sum", z["merged"].sum(dtype=float), spec["sum"], 1e-6)]
+    row = partial(_row, name, spec["config"])
+    rows = _forward(row, state, partition, spec, z, lambda h, l: f"head{h}_raw{l}", "merged")
+    return [*rows, row("sum", z["merged"].sum(dtype=float), spec["sum"], 1e-6)]
 
 # %% ../nbs/20_export.ipynb #937cb5ff
 _HYP = {"box": "box_gain", "obj": "obj_gain", "cls": "cls_gain", "fl_gamma": "focal"} | {k: k for k in (
-    "label_smoothing", "cls_pw", "obj_pw", "anchor_t", "gr", "balance")}                    # their names: ours
+    "label_smoothing", "cls_pw", "obj_pw", "anchor_t", "gr", "balance")}
 _NORMS = dict(grad_l2=torch.Tensor.norm, grad_l1=lambda g: g.abs().sum(), grad_sum=lambda g: g.double().sum())
 
 NOT_JUDGED = dict(error=None, tolerance=None, ok=None)
@@ -174,8 +178,9 @@ def _loss_rows(row, partition, loss, raws, targets, due):
 
 def _variants(row, partition, base, raws, targets, spec):
     "Rows of every variant in `spec`; a name that says nothing to us gives a row that is not judged."
-    run = lambda variant, due, hyp, targets=targets["targets"]: _loss_rows(
-        partial(row, variant), partition, RoutedLoss(partition, **base | _settings(hyp)), raws, targets, due)
+    def run(variant, due, hyp, targets=targets["targets"]):
+        loss = RoutedLoss(partition, **base | _settings(hyp))
+        return _loss_rows(partial(row, variant), partition, loss, raws, targets, due)
     rows = []
     for due in spec.get("variants", ()):
         hyp = {k: due[k] for k in ("label_smoothing", "fl_gamma") if k in due}
@@ -189,10 +194,12 @@ def _variants(row, partition, base, raws, targets, spec):
         else: rows += run(key, due, due["hyp"]) if "hyp" in due else [row(key, "", 0, 0, 0) | NOT_JUDGED]
     return rows
 
+# %% ../nbs/20_export.ipynb #a734f525
 def _plain(name, spec, z):
-    "Rows of `plain_loss`: the list of matches, every variant, and two calls with a balance that follows the levels."
+    "Rows of `plain_loss`."
     one, row = _partition([range(z["pred0"].shape[-1] - 5)]), partial(_row, name)
-    raws, targets = [_fuse([z[f"pred{l}"]], one).requires_grad_() for l in range(3)], {k: torch.from_numpy(z[k]) for k in z if k[:3] == "tar"}
+    raws = [_fuse([z[f"pred{l}"]], one).requires_grad_() for l in range(3)]
+    targets = {k: torch.from_numpy(v) for k, v in z.items() if k.startswith("targets")}
     base = _settings(spec.get("hyp", {}) | {k: spec[k] for k in ("gr", "balance") if k in spec})
     loss = RoutedLoss(one, **base, autobalance=True)
     m = match_anchors(targets["targets"], [r.shape[2:] for r in raws], loss.anchors, loss.strides, loss.anchor_t)
@@ -201,18 +208,18 @@ def _plain(name, spec, z):
             for k, column in columns.items() for l, v in enumerate(column.split(m.sizes))]
     rows += _variants(row, one, base, raws, targets, spec)
     for call, due in spec.get("autobalance", {}).items():
-        if call in ("first", "second"): rows += _loss_rows(partial(row, f"autobalance {call}"), one, loss, raws, targets["targets"], due)
-        else: rows.append(row("autobalance", call, loss.balance, due, 1e-5))
+        if not isinstance(due, dict): rows.append(row("autobalance", call, loss.balance, due, 1e-5))
+        else: rows += _loss_rows(partial(row, f"autobalance {call}"), one, loss, raws, targets["targets"], due)
     return rows
 
 def _router(name, spec, z):
-    "Rows of `router_loss`: every head file; each head has its own means, and a head of one class no class price."
+    "Rows of `router_loss`."
     rows, route = [], dict(reduce="head", others="background", negatives="head", single="skip")
     for config, part in spec.items():
         partition = _partition(part["classes"], part["weights"])
-        raws = [_fuse([z[f"{config}_head{h}_pred{l}"] for h in range(partition.nh)], partition).requires_grad_() for l in range(3)]
-        row = lambda variant, *numbers, config=config: _row(name, f"{config}, {variant}", *numbers)
-        rows += _variants(row, partition, route | _settings(part.get("hyp", {})), raws, dict(targets=torch.from_numpy(z["targets"])), part)
+        heads = [[z[f"{config}_head{h}_pred{l}"] for h in range(partition.nh)] for l in range(3)]
+        rows += _variants(lambda variant, *numbers: _row(name, f"{config}, {variant}", *numbers), partition, route,
+                          [_fuse(h, partition).requires_grad_() for h in heads], dict(targets=torch.from_numpy(z["targets"])), part)
     return rows
 
 # %% ../nbs/20_export.ipynb #55bcdb65
@@ -251,7 +258,7 @@ def check(folder):
         file = folder / name
         if name not in KINDS: rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
         else:
-            try: spec, z = json.loads(file.with_suffix(".json").read_text(encoding="utf8")), dict(np.load(file.with_suffix(".npz")))
+            try: spec, z = json.loads(Path(f"{file}.json").read_text(encoding="utf8")), dict(np.load(f"{file}.npz"))
             except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{file}: not JSON and NPZ ({e})") from None
             try: rows += KINDS[name](name, spec, z)
             except KeyError as e: raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
@@ -280,14 +287,13 @@ class _Alive(TorchDispatchMode):
     def dead(self, storage, size): self.now, _ = self.now - size, self.known.discard(storage)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: {s._cdata: s for s in (t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor))}
-        self.known |= storages((args, kwargs)).keys()                                 # what comes from outside is no cost
+        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        self.known |= {s._cdata for s in storages((args, kwargs))}                  # what comes from outside is no cost
         out = func(*args, **kwargs or {})
-        for key, s in storages(out).items():
-            if key in self.known: continue
-            self.known.add(key)
+        for s in (s for s in storages(out) if s._cdata not in self.known):
+            self.known.add(s._cdata)
             self.now += s.nbytes()
-            weakref.finalize(s, self.dead, key, s.nbytes())
+            weakref.finalize(s, self.dead, s._cdata, s.nbytes())
         self.peak = max(self.peak, self.now)
         return out
 
@@ -317,15 +323,17 @@ def _objects(batch, boxes, device):
 def _decode_sides(batch, imgsz, device):
     "Detect layer and decode, one head and four."
     maps = _maps((128, 256, 512), batch, imgsz, device)
-    heads = [MultiHead(_partition(c), (128, 256, 512)).to(device, memory_format=torch.channels_last) for c in (ONE, FOUR)]
-    return {name: torch.no_grad()(lambda head=head: decode(head(maps), head)) for name, head in zip(("one", "four"), heads)}
+    def side(classes):
+        head = MultiHead(_partition(classes), (128, 256, 512)).to(device, memory_format=torch.channels_last)
+        return torch.no_grad()(lambda: decode(head(maps), head))
+    return dict(one=side(ONE), four=side(FOUR))
 
 def _loss_sides(batch, imgsz, boxes, device):
     "The loss in its naive form, in ours, and with four heads; forward, and (fb) forward and backward."
     targets, sides = _objects(batch, boxes, device), {}
     raws = {nh: _maps([3 * (5 * nh + 80)] * 3, batch, imgsz, device) for nh in (1, 4)}
     for nh, r in ((nh, r) for nh in raws for r in raws[nh]):
-        as_rows(r)[..., 4:5 * nh:5] -= 5                                                             # objects are rare
+        as_rows(r)[..., 4:5 * nh:5] -= 5                                                           # objects are rare
         r.requires_grad_()
     losses = dict(naive=naive_loss, plain=RoutedLoss(_partition(ONE)), routed4=RoutedLoss(_partition(FOUR)))
     for name, loss in losses.items():
@@ -369,7 +377,7 @@ def _eval_side(n, device):
     def run():
         dt, _ = predict(model, data, conf=.001, iou=.65, max_det=300)
         return dt, evaluate(data.records.gt, dt, partition.names, n)
-    return run
+    return dict(all=run)
 
 # %% ../nbs/20_export.ipynb #fe61798f
 LIMITS = {"plain_to_naive": None, "plain_fb_to_naive": .8, "routed4_fb_to_plain_fb": 1.3, "ota_to_naive_plain": None,
@@ -413,22 +421,23 @@ def bench(device="cpu", quick=False, imgsz=320, **sizes):
     place = make_accelerator(device, "fp32").device
     cuda, heads = place.type == "cuda", _decode_sides(n["decode"], imgsz, place)
     peak = {k: _peak(f, cuda) for k, f in heads.items()}
-    run = lambda sides, calls=n["calls"]: _in_turn(sides, calls, cuda)
-    s = dict(decode=run(heads), loss=run(_loss_sides(n["loss"], imgsz, 7, place)), loss_25=run(_loss_sides(n["loss"], imgsz, 25, place)),
-             step=run(_step_sides(n["width"], n["step"], imgsz, place)), trainer=run(_trainer_sides(n["trainer"], min(imgsz, 128), place)),
-             eval=run(dict(all=_eval_side(n["pictures"], place)), 3))
+    losses = {k: _loss_sides(n["loss"], imgsz, boxes, place) for k, boxes in (("loss", 7), ("loss_25", 25))}
+    parts = dict(decode=heads, **losses, step=_step_sides(n["width"], n["step"], imgsz, place),
+                 trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place))
+    s = {k: _in_turn(sides, 3 if k == "eval" else n["calls"], cuda) for k, sides in parts.items()}
     step = sum(s["step"].values())
     many = {"decode_time_4to1": s["decode"]["four"] / s["decode"]["one"], "decode_memory_4to1": peak["four"] / peak["one"],
-            "loss_share_of_step": s["step"]["loss"] / step, "trainer_overhead": s["trainer"]["learner"] / s["trainer"]["bare"] - 1,
-            "step_images_per_s": n["step"] / step, "eval_images_per_s": n["pictures"] / s["eval"]["all"]}
-    for tail in ("", "_25"):
-        t = s[f"loss{tail}"]
-        many |= {f"plain_to_naive{tail}": t["plain"] / t["naive"], f"plain_fb_to_naive{tail}": t["plain_fb"] / t["naive_fb"],
-                 f"routed4_fb_to_plain_fb{tail}": t["routed4_fb"] / t["plain_fb"]}
-    ms = {f"{part}/{side}": 1e3 * float(np.median(v)) for part, sides in s.items() for side, v in sides.items()}
+            "loss_share_of_step": s["step"]["loss"] / step, "step_images_per_s": n["step"] / step,
+            "trainer_overhead": s["trainer"]["learner"] / s["trainer"]["bare"] - 1,
+            "eval_images_per_s": n["pictures"] / s["eval"]["all"]}
+    for k, t in ((k.removeprefix("loss"), s[k]) for k in losses):
+        many |= {f"plain_to_naive{k}": t["plain"] / t["naive"], f"plain_fb_to_naive{k}": t["plain_fb"] / t["naive_fb"],
+                 f"routed4_fb_to_plain_fb{k}": t["routed4_fb"] / t["plain_fb"]}
     return dict.fromkeys(LIMITS) | {k: float(np.median(v)) for k, v in many.items()} | dict(
-        spread={k: np.percentile(v, [25, 75]).tolist() for k, v in many.items()}, ms=ms, mb={k: v / 1e6 for k, v in peak.items()},
-        device=torch.cuda.get_device_name() if cuda else "cpu", threads=torch.get_num_threads(), imgsz=imgsz, sizes=n)
+        spread={k: np.percentile(v, [25, 75]).tolist() for k, v in many.items()},
+        ms={f"{k}/{side}": 1e3 * float(np.median(v)) for k, sides in s.items() for side, v in sides.items()},
+        mb={k: v / 1e6 for k, v in peak.items()}, imgsz=imgsz, sizes=n,
+        device=torch.cuda.get_device_name() if cuda else "cpu", threads=torch.get_num_threads())
 
 # %% ../nbs/20_export.ipynb #2bc7d347
 def bench_table(found):

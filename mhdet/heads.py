@@ -53,12 +53,10 @@ class MultiHead(nn.Module):
     """All heads of a partition in one 1x1 convolution a level.
 
     `partition` says which class belongs to which head; `channels` are those of the trunk's maps; `implicit`
-    adds the vectors of
-    YOLOv7. Maps (B, C, H, W) become raw maps (B, A (5 nh + nc), H, W): per anchor `tx ty tw th obj` of each
-    head, then the classes in
-    global order. Buffers `head_of (nc,)`, `anchors (levels, A, 2)` px. A partition is checked where it is made;
-    a number of maps that
-    is not 3 raises `ValueError`. Source: own; for one head Wang, Bochkovskiy, Liao 2022.
+    adds the vectors of YOLOv7. Maps (B, C, H, W) become raw maps (B, A (5 nh + nc), H, W): per anchor `tx ty tw
+    th obj` of each head, then the classes in global order. Buffers `head_of (nc,)`, `anchors (levels, A, 2)`
+    px. A partition is checked where it is made; a number of maps that is not 3 raises `ValueError`. Source:
+    own; for one head Wang, Bochkovskiy, Liao 2022.
     """
     def __init__(self, partition, channels, implicit=False, anchors=ANCHORS, strides=STRIDES):
         super().__init__()
@@ -88,8 +86,7 @@ class Detector(nn.Module):
     """A trunk and its heads: pictures (B, 3, H, W) in 0..1 to one raw map a level.
 
     `trunk` a `Trunk`, `head` a `MultiHead` for its channels. `detect(pictures, **limits)` answers with
-    `Detections`. Sides that are
-    not multiples of 32 raise `ValueError`. Source: own.
+    `Detections`. Sides that are not multiples of 32 raise `ValueError`. Source: own.
     """
     def __init__(self, trunk, head):
         super().__init__()

@@ -95,10 +95,9 @@ class Trunk(nn.Module):
     """YOLOv7-tiny without its detect layer: a picture to three maps.
 
     `width` multiplies every channel count (kept a multiple of 8); `norm` as in `make_norm`. Input (B, 3, H, W)
-    in 0..1, H and W
-    multiples of 32 (`ValueError` otherwise); output P3, P4, P5 of strides 8, 16, 32 with `channels` channels.
-    `layers()` yields
-    (number in the layer table, Conv). Source: Wang, Bochkovskiy, Liao 2022.
+    in 0..1, H and W multiples of 32 (`ValueError` otherwise); output P3, P4, P5 of strides 8, 16, 32 with
+    `channels` channels. `layers()` yields (number in the layer table, Conv). Source: Wang, Bochkovskiy, Liao
+    2022.
     """
     def __init__(self, width=1., norm="bn"):
         super().__init__()

@@ -1,5 +1,7 @@
 """What chapters 02 and 03 must survive and is too slow or too awkward to show there: broken files, random boxes, real packs."""
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -156,6 +158,14 @@ def test_workers_and_restarts_change_no_augmented_sample():
     for other, first in ((batches(2), 0), (batches(1), 0), (batches(0, 2), 2)):
         assert len(other) == 4 - first
         assert all(torch.equal(x, y) for a, b in zip(alone[first:], other) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_signals_to_the_main_process(number):
+    batches = iter(loader(DetDataset(toy_dataset(64, size=64), 64), 8, workers=2))
+    next(batches)
+    for w in batches._workers: os.kill(w.pid, number)                              # as Ctrl-C does, to the whole group
+    assert len(list(batches)) == 7
 
 
 @shared

@@ -1,0 +1,247 @@
+"""The command line: one clear line and code 2 for bad input, counted problems below 5 %, and what survives a signal."""
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mhdet import export
+from mhdet.cli import app
+from mhdet.core import JsonLog, read_yaml
+from mhdet.data import open_data
+from mhdet.partition import load_heads
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "imgsz=64 batch=8 width=0.125 workers=0 precision=fp32"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    "A working directory with one trained run."
+    folder = tmp_path_factory.mktemp("cli")
+    with contextlib.chdir(folder):
+        coco(folder / "data")
+        assert mhdet(f"train --data data {TINY} epochs=1 run=base")[0] == 0
+        yield folder
+
+
+def mhdet(line):
+    "Exit code, stdout, stderr."
+    found = CliRunner().invoke(app, shlex.split(line))
+    return found.exit_code, found.stdout, found.stderr
+
+
+def mhdet_json(line):
+    code, out, err = mhdet(f"{line} --json")
+    assert code == 0 and out.count("\n") == 1, err
+    return json.loads(out)
+
+
+def coco(root, n=100, size=64):
+    "A data set of noise with one box a picture, classes a to f by turns."
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+        for i in range(n): Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(root / f"images/{split}/{i}.jpg")
+        notes = [dict(id=i, image_id=i, category_id=i % 6 + 1, bbox=[4, 4, 30, 40], area=1200, iscrowd=0) for i in range(n)]
+        images = [dict(id=i, file_name=f"{i}.jpg", width=size, height=size) for i in range(n)]
+        write(root, split, dict(images=images, annotations=notes, categories=[dict(id=k + 1, name=c) for k, c in enumerate("abcdef")]))
+    return root
+
+
+def write(root, split, data):
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / f"annotations/instances_{split}.json").write_text(json.dumps(data))
+
+
+def read(root, split): return json.loads((root / f"annotations/instances_{split}.json").read_text())
+
+
+def heads(*groups, names="[a, b, c, d, e, f]"):
+    listed = ", ".join(f"head_{i}: {{classes: {g}}}" for i, g in enumerate(groups))
+    return f"names: {names}\nhead_assignments: {{{listed}}}"
+
+
+BAD = {
+    "train --data absent": "absent: no such folder or YAML",
+    "data absent": "absent: no such folder or YAML",
+    "train epoch=3": "unknown key 'epoch'; did you mean 'epochs'?",
+    "train --config key.yaml": "key.yaml: unknown key 'learning_rate'",
+    "train --config bad.yaml": "bad.yaml: not YAML",
+    "train reduce=sum": "reduce: Invalid enum value 'sum'",
+    "train --data data --heads twice.yaml": "twice.yaml: class 'b' (1) is in heads 0 and 1",
+    "train --data data --heads none.yaml": "'c' (2) is in no head",
+    "train --data data --heads other.yaml": "other.yaml: made for other classes: class 1 is 'x' in the file, 'b' in the data",
+    "train --data data --heads absent.yaml": "absent.yaml: no such file",
+    "train --data data freeze=p9": "p9",
+    "train --resume absent": "absent: no run there",
+    "train --resume base width=1": "'width' cannot be changed; allowed are epochs, max_hours, device, workers",
+    "train --data data run=base": "runs/base: exists already",
+    "train --data data weights=absent": "absent: no run there",
+    "eval absent": "absent: no run there",
+    "eval base@7": "there is best, last",
+    "eval base --split test": "no split 'test'",
+    "eval base --data toy:16": "toy:16: its classes are not those of run base",
+    "eval --gt bad.yaml --dt bad.yaml": "bad.yaml: not JSON",
+    "confuse": "either one RUN is due, or --gt and --dt",
+    "partition --strategy clever": "'clever' is none of anti_confusion, standard, random, single",
+    "partition --confusion absent.csv": "absent.csv: no such file",
+    "partition --strategy standard --data data": "standard is made for COCO's 80 classes",
+    "partition --strategy random --heads 9 --data data": "heads must be 1..6",
+    "split base --heads twice.yaml --out x": "twice.yaml: class 'b' (1) is in heads 0 and 1",
+    "split base --heads two.yaml --out base": "runs/base: exists already",
+    "plot absent": "absent: no run there",
+    "detect base absent.jpg": "absent.jpg: no such picture",
+    "detect base empty.jpg": "1 of 1 pictures are missing or unreadable",
+    "study --arms all": "'all' is none of control, split",
+    "study --resume": "no study there to go on with",
+    "check --fixtures absent": "absent",
+    "runs base": "no name is due here, got base",
+    "train --fast": "No such option",
+    "partition --heads many": "Invalid value for '--heads'",
+    "trian": "Did you mean 'train'?",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line_and_code_2(here, line):
+    files = {"key.yaml": "learning_rate: 1", "bad.yaml": "a: [", "twice.yaml": heads([0, 1], [1, 2, 3, 4, 5]), "none.yaml": heads([0, 3, 4, 5], [1]),
+             "other.yaml": heads([0, 3, 4], [1, 2, 5], names="[a, x, c, d, e, f]"), "two.yaml": heads([0, 1, 2], [3, 4, 5]), "empty.jpg": ""}
+    for name, text in files.items(): Path(name).write_text(text)
+    code, out, err = mhdet(line)
+    assert (code, out) == (2, "") and BAD[line] in err
+    assert err.startswith("mhdet: ") and err.count("\n") == 1 and "'\"" not in err
+
+
+def test_a_traceback_only_with_debug(here):
+    with pytest.raises(FileNotFoundError): app(["eval", "absent", "--debug"])
+
+
+def test_problems_below_five_percent_are_counted_listed_and_skipped(here):
+    data = coco(Path("broken"))
+    empty, cut, lost, *more = (data / f"images/train/{i}.jpg" for i in open_data(data)["train"].ids[:6])
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:400])
+    lost.unlink()
+    spec = read(data, "train")
+    spec["annotations"] += [dict(id=90 + k, image_id=5, category_id=c, bbox=b) for k, (c, b) in
+                            enumerate([(1, [float("nan"), 1, 9, 9]), (1, [1, 1, -9, 9]), (8, [1, 1, 9, 9])])]
+    spec["annotations"].append(dict(id=99, image_id=777, category_id=1, bbox=[1, 1, 9, 9]))
+    write(data, "train", spec)
+    found = mhdet_json("data broken")["splits"]["train"]
+    assert (found["images"], found["boxes"]) == (97, 97)
+    assert found["problems"] == {"unreadable picture": 2, "picture without file": 1, "box not finite": 1, "box without area": 1,
+                                 "unknown category": 1, "annotation of an unknown picture": 1}
+    assert len(found["listed"]["unreadable picture"]) == 2 and str(empty) in " ".join(found["listed"]["unreadable picture"])
+    assert "train: picture without file: 1\n  " in mhdet("data broken")[1]
+    assert mhdet(f"train --data broken {TINY} epochs=1 run=broken")[0] == 0
+    for path in more: path.write_bytes(b"")
+    for line, words in (("data broken", "6 of 100 pictures"), ("train --data broken run=worse", "pictures are missing")):
+        code, out, err = mhdet(line)
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err and "at most 5%" in err
+    assert not Path("runs/worse").exists()
+
+
+def test_later_wins_and_a_run_says_what_it_resolved(here):
+    Path("hyp.yaml").write_text("lr: 0.5\nseed: 5\n")
+    line = f"train lr=.25 --config hyp.yaml {TINY} --data data epochs=1 --seed 6 seed=7 train.momentum=.9 run=order"
+    assert mhdet(line)[0] == 0
+    kept = read_yaml("runs/order/config.yaml")
+    assert (kept["lr"], kept["seed"], kept["momentum"], kept["data"]) == (.5, 7, .9, "data")
+
+
+def test_one_run_through_all_commands(here):
+    figures = mhdet_json("eval base")
+    assert {"coco", "voc07", "voc", "source", "per_class"} <= set(figures) and set(figures["per_class"]) == set("abcdef")
+    assert set(figures["coco"]) >= {"AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge", "AR1", "AR10", "AR100"}
+    rows = json.loads(Path("runs/base/detections.json").read_text())
+    assert len(mhdet_json("confuse base --conf .001 --out C.csv")["matrix"]) == 7 and Path("C.csv").is_file()
+    facts = mhdet_json("partition --confusion C.csv --data data --heads 2 --out H.yaml")
+    assert sum(facts["sizes"]) == 6 and load_heads("H.yaml", list("abcdef")).nh == 2
+    assert mhdet_json("split base --heads H.yaml --out parted")["heads"] == 2
+    again = mhdet_json("eval parted")
+    assert again["coco"]["AP50"] == pytest.approx(figures["coco"]["AP50"], abs=1e-9)
+    assert len(json.loads(Path("runs/parted/detections.json").read_text())) == len(rows)
+    assert mhdet(f"train --data data {TINY} epochs=1 weights=parted --heads H.yaml run=onward")[0] == 0
+    made = mhdet_json("plot base onward --out fig")
+    assert "fig/dynamics.png" in made and all(Path(p).stat().st_size for p in made)
+    seen = mhdet_json("detect parted data/images/val/7.jpg data/images/val/8.jpg --conf .001 --out seen")
+    assert seen["pictures"] == 2 and Path("seen/7.png").is_file() and {"base", "parted"} <= {r["run"] for r in mhdet_json("runs")}
+
+
+def test_study_is_finished_once(here):
+    line = f"study --data data {TINY} epochs=1 extra_epochs=1 --heads 2 run=small"
+    found = mhdet_json(line)
+    assert set(found) >= {"baseline", "split", "arms", "seconds"} and found["split"]["same_detections"]
+    assert {a["name"] for a in found["arms"]} == {"control", "split"} and Path("runs/small/report.md").is_file()
+    assert mhdet(line)[0] == 2
+    assert mhdet_json("study --resume")["baseline"]["AP50"] == found["baseline"]["AP50"]
+    assert "'lr' cannot be changed" in mhdet("study small --resume lr=1")[2]
+
+
+def test_resized_copy_and_standard_heads(here):
+    assert mhdet("data data --resize 32 --out small")[0] == 0
+    assert mhdet_json("data small")["splits"]["val"]["boxes"] == 100
+    assert mhdet("partition --strategy standard --out standard.yaml")[0] == 0
+    assert (load_heads("standard.yaml").head_of == load_heads(ROOT / "data/heads-coco-standard.yaml").head_of).all()
+    published = f"--pairs {ROOT}/data/pairs-coco.yaml --counts {ROOT}/data/coco_train2017_class_counts.csv"
+    facts = mhdet_json(f"partition {published}")
+    assert facts["boxes"] == [262465, 199806, 198854, 198876] and facts["pairs_apart"] == facts["pairs_total"]
+
+
+def test_a_check_that_fails_is_code_1(here, monkeypatch):
+    row = dict(fixture="f", variant="v", quantity="q", error=1., tolerance=.1)
+    for ok, code in ((True, 0), (None, 0), (False, 1)):
+        monkeypatch.setattr(export, "check", lambda folder: [row | dict(ok=ok)])
+        assert mhdet("check --fixtures anywhere")[0] == code
+
+
+def test_lab_hands_its_words_on(here, monkeypatch):
+    called = []
+    monkeypatch.setattr(os, "execv", lambda *args: called.append(args))
+    assert mhdet("lab --no-browser --port=9999")[0] == 0
+    assert called[0][1][1:3] == ["-m", "jupyterlab"] and called[0][1][-2:] == ["--no-browser", "--port=9999"]
+
+
+def test_help_and_typing_errors_do_not_wait_for_torch():
+    code = "import sys; from mhdet.cli import app\ntry: app(['--help'])\nexcept SystemExit: print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.endswith("[]\n") and "study" in out
+
+
+def process(line):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "mhdet", *shlex.split(line)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder, child, seconds=60):
+    "Until a state has been stored."
+    end = time.time() + seconds
+    while not (folder / "last").is_dir():
+        assert time.time() < end and child.poll() is None, child.communicate()[1]
+        time.sleep(.02)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["kill", "term", "int"])
+def test_a_stopped_training_goes_on(here, number, code):
+    name = signal.Signals(number).name
+    child = process(f"train data=toy:120 {TINY} batch=4 epochs=2 save_steps=1 nominal_batch=4 run={name}")
+    wait_for(here / "runs" / name, child)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (code, "")
+    if code > 0:
+        assert f"mhdet: {name}; saved, go on with: mhdet train --resume {name}" in err
+        assert {r["run"]: r["state"] for r in mhdet_json("runs")}[name] == name
+    found = mhdet_json(f"train --resume {name}")
+    assert (found["epoch"], found["stopped"]) == (2, None)
+    assert [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()] == [1, 2]
