@@ -22,9 +22,10 @@ import yaml
 class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is looked at: pictures, their size, and what may be done to them.
 
-    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `dev` the share of train kept for choosing;
-    `scale`, `translate` and the `hsv_*` gains are fractions, `degrees` and `shear` degrees, the other augmentations
-    probabilities. A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`). Source: own.
+    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `dev` the share of train kept for
+    choosing; `scale`, `translate` and the `hsv_*` gains are fractions, `degrees` and `shear` degrees, the other
+    augmentations probabilities. A value of another type or an unknown name raises `msgspec.ValidationError` (a
+    `ValueError`). Source: own.
     """
     data: str = "toy"
     imgsz: int = 128
@@ -63,9 +64,12 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """How it is trained, and how its answers are read.
 
-    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `warmup` in epochs, never more than a tenth
-    of the run; `lrf` the share of `lr` left at the end; the gains are for 640 px and 80 classes and scaled from there; `max_hours`
-    is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`. Source: own.
+    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `warmup` in epochs, never
+    more than
+    a tenth of the run; `lrf` the share of `lr` left at the end; the gains are for 640 px and 80 classes and
+    scaled from
+    there; `max_hours` is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`.
+    Source: own.
     """
     run: str | None = None
     seed: int = 0

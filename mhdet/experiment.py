@@ -158,6 +158,7 @@ def make_loss(cfg, model):
     options = gains | {k: getattr(t, k) for k in same}
     return RoutedLoss(head.partition, head.anchors.tolist(), head.strides, **options)
 
+# %% ../nbs/15_experiment.ipynb #a8cb818b
 def dataset(cfg, records, train=False):
     """Pictures of a split, letterboxed, and augmented for training.
 
@@ -204,8 +205,7 @@ def predict(model, data, batch=64, loss=None, **limits):
     -------
     (dict of arrays, dict)
         `image, label, box` (xyxy px of the picture, clipped to it), `score`; and `ms` a picture from batch to
-        answers, with
-        the mean of `box`, `obj`, `cls` if a loss was given.
+        answers, with the mean of `box`, `obj`, `cls` if a loss was given.
 
     Raises
     ------
@@ -234,6 +234,7 @@ def predict(model, data, batch=64, loss=None, **limits):
     dt = dict(image=image, label=label, box=box.astype(float), score=score.astype(float))
     return dt, {"ms": 1e3 * clock / len(data)} | mean
 
+# %% ../nbs/15_experiment.ipynb #8467a2ac
 def precision_recall(gt, dt, nc, conf=.25):
     """Precision and recall over all classes together, at one score and IoU .5.
 
@@ -383,6 +384,7 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False):
               Checkpoint(run, t.keep_every, t.save_steps, "AP50" if dev else None)]
     return [cb for cb in wanted if cb]
 
+# %% ../nbs/15_experiment.ipynb #75a086e8
 def train(cfg, splits=None, resume=None, root="runs", quiet=False):
     """One run, from config to folder.
 
@@ -451,8 +453,7 @@ def load_runs(root="runs"):
     -------
     DataFrame
         `run, state` (finished, stopped or running), `epoch, epochs, eta_min, AP50` (last), `best,
-        pictures_per_s, nh, seed, commit`; the
-        best first.
+        pictures_per_s, nh, seed, commit`; the best first.
 
     Raises
     ------
@@ -480,6 +481,7 @@ def load_runs(root="runs"):
     columns = "run state epoch epochs eta_min AP50 best pictures_per_s nh seed commit".split()
     return pd.DataFrame(table, columns=columns).sort_values("best", ascending=False, ignore_index=True)
 
+# %% ../nbs/15_experiment.ipynb #7d21012e
 def plot_runs(runs, keys=("box", "obj", "cls", "AP50"), axes=None):
     """Training dynamics of runs: loss terms and AP50 against the epoch; train solid, dev dashed.
 
@@ -518,6 +520,7 @@ def plot_runs(runs, keys=("box", "obj", "cls", "AP50"), axes=None):
     axes[-1].legend()
     return axes
 
+# %% ../nbs/15_experiment.ipynb #9076c7f0
 def report(runs, root="runs"):
     """One table row a run, with what a claim needs: figures on val, seed, device, commit, date.
 

@@ -177,21 +177,18 @@ def _loss_rows(row, partition, loss, raws, targets, due):
                 due.get("grad_l1") if k == "grad_sum" else None) for k in got if k in due]
 
 def _variants(row, partition, base, raws, targets, spec):
-    "Rows of every variant in `spec`; a name that says nothing to us gives a row that is not judged."
-    def run(variant, due, hyp, targets=targets["targets"]):
-        loss = RoutedLoss(partition, **base | _settings(hyp))
-        return _loss_rows(partial(row, variant), partition, loss, raws, targets, due)
-    rows = []
-    for due in spec.get("variants", ()):
-        hyp = {k: due[k] for k in ("label_smoothing", "fl_gamma") if k in due}
-        rows += run(", ".join(f"{k} {v:g}" for k, v in hyp.items()), due, hyp)
-    for key, due in spec.items():
-        what, _, value = key.rpartition("_")
+    "Rows of every variant in `spec`; one whose name says nothing to us is not judged."
+    hyps = [{k: due[k] for k in ("label_smoothing", "fl_gamma") if k in due} for due in spec.get("variants", ())]
+    named = {", ".join(f"{k} {v:g}" for k, v in h.items()): due | {"hyp": h} for h, due in zip(hyps, spec.get("variants", ()))}
+    rows, which = [], {"empty_targets": targets["targets"][:0], "dup_targets": targets.get("targets_dup")}
+    for name, due in (named | spec).items():
         if not isinstance(due, dict) or "loss" not in due: continue
-        elif key == "empty_targets": rows += run(key, due, {}, targets["targets"][:0])
-        elif key == "dup_targets": rows += run(key, due, {}, targets["targets_dup"])
-        elif what in _HYP: rows += run(key, due, {what: float(value)})
-        else: rows += run(key, due, due["hyp"]) if "hyp" in due else [row(key, "", 0, 0, 0) | NOT_JUDGED]
+        what, _, value = name.rpartition("_")
+        hyp = due.get("hyp", {what: float(value)} if what in _HYP else {})
+        if hyp or name in which:
+            loss = RoutedLoss(partition, **base | _settings(hyp))
+            rows += _loss_rows(partial(row, name), partition, loss, raws, which.get(name, targets["targets"]), due)
+        else: rows.append(row(name, "", 0, 0, 0) | NOT_JUDGED)
     return rows
 
 # %% ../nbs/20_export.ipynb #a734f525
@@ -256,12 +253,12 @@ def check(folder):
     if not names: raise FileNotFoundError(f"{folder}: no fixtures there (NAME.json with NAME.npz, of {', '.join(KINDS)})")
     for name in names:
         file = folder / name
-        if name not in KINDS: rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
-        else:
-            try: spec, z = json.loads(Path(f"{file}.json").read_text(encoding="utf8")), dict(np.load(f"{file}.npz"))
-            except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{file}: not JSON and NPZ ({e})") from None
-            try: rows += KINDS[name](name, spec, z)
-            except KeyError as e: raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
+        if name not in KINDS:
+            rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
+            continue
+        try: rows += KINDS[name](name, json.loads(Path(f"{file}.json").read_text("utf8")), dict(np.load(f"{file}.npz")))
+        except KeyError as e: raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
+        except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{file}: not a fixture ({e})") from None
     return rows
 
 # %% ../nbs/20_export.ipynb #cae9ec90
@@ -278,23 +275,17 @@ def _in_turn(sides, calls, cuda=False):
     return dict(zip(sides, np.array(rounds[1:]).T))
 
 class _Alive(TorchDispatchMode):
-    "Bytes of the tensors made inside: `now`, and at most, `peak`. Scratch memory inside one kernel is not seen."
-    now, peak = 0, 0
-    def __enter__(self):
-        self.known = set()
-        return super().__enter__()
-
-    def dead(self, storage, size): self.now, _ = self.now - size, self.known.discard(storage)
+    "Watches tensors: `peak` is the most bytes alive of those made inside. Scratch memory within a kernel is not seen."
+    def __init__(self):
+        super().__init__()
+        self.peak, self.made, self.given = 0, weakref.WeakSet(), weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        self.known |= {s._cdata for s in storages((args, kwargs))}                  # what comes from outside is no cost
+        storages = lambda tree: {t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
+        self.given |= storages((args, kwargs)) - self.made                        # what comes from outside is no cost
         out = func(*args, **kwargs or {})
-        for s in (s for s in storages(out) if s._cdata not in self.known):
-            self.known.add(s._cdata)
-            self.now += s.nbytes()
-            weakref.finalize(s, self.dead, s._cdata, s.nbytes())
-        self.peak = max(self.peak, self.now)
+        self.made |= storages(out) - self.given
+        self.peak = max(self.peak, sum(s.nbytes() for s in self.made))
         return out
 
 def _peak(f, cuda=False):

@@ -136,6 +136,7 @@ class Trunk(nn.Module):
         for stage, numbers in STAGES.items():
             yield from zip(numbers, [m for m in getattr(self, stage).modules() if isinstance(m, Conv)], strict=True)
 
+# %% ../nbs/07_model.ipynb #9c176f83
 def yolov7_tiny(width=1., norm="bn", seed=None):
     """A trunk with torch's initial weights, in `channels_last` memory.
 

@@ -42,8 +42,7 @@ def arms(wanted=("split",)):
     ----------
     wanted : sequence of str
         Of `ARMS`. `split` parts confused classes and is trained with the house's routing, `split-ignore` spares
-        objects of other
-        heads, `split-source` has the source's loss, `random` deals the classes out by chance.
+        objects of other heads, `split-source` has the source's loss, `random` deals the classes out by chance.
 
     Returns
     -------
@@ -143,8 +142,7 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
     ----------
     cfg : Cfg
         `run` names the study's folder; an existing one is gone on with. `epochs` for the single head,
-        `extra_epochs` at
-        `extra_lr` for every arm.
+        `extra_epochs` at `extra_lr` for every arm.
     seeds : int
         Trainings of everything, from seed `cfg.train.seed` on.
     wanted : sequence of str
@@ -161,8 +159,7 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
     -------
     dict
         `baseline`, `split`, `arms`, `seconds`, and `sentence`, `card`, `folder`. The folder gets `report.md`,
-        `table.csv`,
-        `study.json`, `confusion.csv`, `heads-ARM.yaml`, `fig/`.
+        `table.csv`, `study.json`, `confusion.csv`, `heads-ARM.yaml`, `fig/`.
 
     Raises
     ------
@@ -247,6 +244,7 @@ def verdict(found):
         parts.append(text)
     return "; ".join(parts) + "." if parts else f"control alone: AP50 {control['AP50']:.3f}."
 
+# %% ../nbs/16_study.ipynb #fab73cab
 def study_table(found):
     """The table of a study.
 
@@ -274,6 +272,7 @@ def study_table(found):
     table = pd.DataFrame(rows + found["arms"])
     return table[["name", "n", "AP50", "AP", "voc", "params", "ms", "delta", "low", "high", "verdict"]]
 
+# %% ../nbs/16_study.ipynb #91256b32
 def plot_study(folder):
     """Figures of a finished study: curves, confusion by head, differences.
 
@@ -317,6 +316,7 @@ def plot_study(folder):
         out["differences"] = ax.figure
     return out
 
+# %% ../nbs/16_study.ipynb #6f7b4dad
 def write_report(folder, cfg, found):
     """`report.md`, `table.csv`, `study.json` and `fig/` of a study.
 
