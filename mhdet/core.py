@@ -73,8 +73,8 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
     run: str | None = None
     seed: int = 0
-    epochs: int = 24
-    extra_epochs: int = 6
+    epochs: int = 16
+    extra_epochs: int = 5
     max_hours: float | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -91,7 +91,7 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     freeze: str | int | None = None
     assign: Literal["plain"] = "plain"
     anchor_t: float = 4.
-    others: Literal["background", "ignore"] = "background"
+    others: Literal["background", "ignore"] = "ignore"
     negatives: Literal["head", "all"] = "all"
     reduce: Literal["head", "trunk"] = "trunk"
     single: Literal["train", "skip"] = "train"
@@ -111,7 +111,7 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Cfg(msgspec.Struct, forbid_unknown_fields=True):
     """The three groups together: `cfg.data`, `cfg.net`, `cfg.train`.
 
-    `flat()` is one dict of all choices, as written to `config.yaml`; `override(key=value)` a changed copy.
+    `flat()` is one dict of all choices, `save(path)` writes it as YAML; `override(key=value)` is a changed copy.
     Errors as in `load_cfg`. Source: own.
     """
     data: DataCfg = msgspec.field(default_factory=DataCfg)
@@ -120,6 +120,7 @@ class Cfg(msgspec.Struct, forbid_unknown_fields=True):
 
     def flat(self): return {k: v for g in msgspec.to_builtins(self).values() for k, v in g.items()}
     def override(self, **changes): return load_cfg(self.flat(), changes)
+    def save(self, path): Path(path).write_text(yaml.safe_dump(self.flat(), sort_keys=False), encoding="utf8")
 
 GROUP = {f: g.name for g in msgspec.structs.fields(Cfg) for f in g.type.__struct_fields__}
 
@@ -284,7 +285,7 @@ def new_run(cfg, root="runs"):
     run = Path(root) / name
     if run.exists(): raise FileExistsError(f"{run}: exists already; give another run= or --resume {name}")
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(cfg.flat(), sort_keys=False), encoding="utf8")
+    cfg.save(run / "config.yaml")
     (run / "env.json").write_text(json.dumps(environment(cfg.train.seed), indent=1), encoding="utf8")
     return run
 

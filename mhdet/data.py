@@ -107,11 +107,12 @@ def read_picture(path):
 class Records:
     """One split of a data set, parsed and checked.
 
-    `classes` ClassMap; `ids` the n picture ids; `files` n paths, or None when `pixels` uint8 `(n, H, W, 3)` holds
-    the pictures; `sizes` int64 `(n, 2)` width, height px; `gt` a dict of arrays over all M boxes, sorted by
-    picture: `image` int64 position in the split, `label` int64, `box` float64 `(M, 4)` xyxy px of the stored
-    picture, `ignore`, `crowd` bool, `area` float64 px^2; `inclusive` True where pixels are counted inclusively (VOC
-    XML); `problems` what was skipped: kind -> places. `picture(i)` is uint8 `(H, W, 3)`, `sample(i)` a `Sample`,
+    `classes` ClassMap; `ids` the n picture ids; `files` n paths, or None when `pixels` uint8 `(n, H, W, 3)`
+    holds the pictures; `sizes` int64 `(n, 2)` width, height px; `gt` a dict of arrays over all M boxes, sorted
+    by picture: `image` int64 position in the split, `label` int64, `box` float64 `(M, 4)` xyxy px of the stored
+    picture, `ignore`, `crowd` bool, `area` float64 px^2; `inclusive` True where pixels are counted inclusively
+    (VOC XML); `problems` what was skipped: kind -> places; `listed` how many pictures the source names,
+    `lost()` how many of them cannot be had. `picture(i)` is uint8 `(H, W, 3)`, `sample(i)` a `Sample`,
     `subset(indices)` the split of these pictures in this order. `IndexError` outside 0..n-1, `OSError` for an
     unreadable file. Source: own.
     """
@@ -123,6 +124,10 @@ class Records:
     inclusive: bool = False
     problems: dict = field(default_factory=dict)
     pixels: np.ndarray | None = None
+    listed: int = 0
+
+    def __post_init__(self): self.listed = self.listed or len(self.ids) + self.lost()
+    def lost(self): return sum(len(self.problems.get(k, ())) for k in ("picture without file", "unreadable picture"))
 
     @property
     def names(self): return self.classes.names
@@ -599,8 +604,7 @@ def _each(work, n):
 def _without(records, sizes):
     "Records without the pictures whose size is a fault (str) instead; refuses a split that loses too many."
     bad = [i for i, s in enumerate(sizes) if isinstance(s, str)]
-    lost, more = [f for k in ("picture without file", "unreadable picture") for f in records.problems.get(k, [])], {}
-    if bad: _refuse(records.files[0].parent, len(lost) + len(bad), len(lost) + len(records))
+    if bad: _refuse(records.files[0].parent, records.lost() + len(bad), records.listed)
     broken = records.problems.get("unreadable picture", []) + [f"{records.files[i]}: {sizes[i]}" for i in bad]
     kept = np.delete(np.arange(len(records)), bad)
     out = records.subset(kept) if bad else records

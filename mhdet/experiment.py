@@ -17,7 +17,7 @@ import torch
 
 from .augment import compose
 from .boxes import unletterbox
-from .core import Cfg, HEAD_COLORS, JsonLog, load_cfg, new_run, set_seed
+from .core import HEAD_COLORS, JsonLog, load_cfg, new_run, set_seed
 from .data import DetDataset, loader, open_data
 from .heads import Detector, decode, detect, load_foreign, split_heads, transfer
 from .learner import Learner, accumulation, make_accelerator, to_unit
@@ -391,7 +391,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False):
     Parameters
     ----------
     cfg : Cfg
-        With `resume`: changes to the run's own config, of which only `RESUMABLE` are taken.
+        With `resume` only `RESUMABLE` are taken; the rest is the run's own.
     splits : dict of Records, optional
         Default: those of `cfg.data.data`.
     resume : str or Path, optional
@@ -417,10 +417,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False):
     own
     """
     run = find_run(f"{resume}@", root)[0] if resume else None
-    if run:
-        default = Cfg().flat()
-        changed = {k: v for k, v in cfg.flat().items() if k in RESUMABLE and v != default[k]}
-        cfg = load_cfg(run / "config.yaml", changed)
+    if run: cfg = load_cfg(run / "config.yaml", {k: v for k, v in cfg.flat().items() if k in RESUMABLE})
     splits = splits or open_data(cfg.data.data, dev=cfg.data.dev)
     if "train" not in splits: raise ValueError(f"{cfg.data.data}: no train split")
     data, names = dataset(cfg, splits["train"], train=True), splits["train"].names
@@ -435,7 +432,9 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False):
     learner = Learner(model, loss, sgd(model, t.lr, t.momentum, t.weight_decay * share), batches,
                       callbacks(cfg, run, model, dev, loss, quiet), device=t.device, precision=t.precision,
                       accumulate=accumulate, clip=t.clip)
-    if resume: resume_state(run / "last", learner)
+    if resume:
+        cfg.save(run / "config.yaml")
+        resume_state(run / "last", learner)
     learner.fit(t.epochs)
     env = json.loads((run / "env.json").read_text()) | {"stopped": learner.stopped, "pictures": len(data)}
     (run / "env.json").write_text(json.dumps(env, indent=1), encoding="utf8")

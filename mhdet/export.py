@@ -7,7 +7,7 @@ __all__ = ['NOT_JUDGED', 'KINDS', 'ONE', 'FOUR', 'LIMITS', 'FULL', 'QUICK', 'dra
            'bench_table']
 
 # %% ../nbs/20_export.ipynb #2436b506
-import contextlib, json, math, time, weakref
+import json, math, time, weakref
 from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .assign import match_anchors
 from .boxes import to_cxcywh
@@ -116,33 +115,33 @@ def _fuse(parts, partition):
 # %% ../nbs/20_export.ipynb #2edefe4c
 def _answers(raws, head):
     "Heads one after the other, (B, nh * N, 5 + nc): cx, cy, w, h px, objectness, classes (0 for other heads')."
-    boxes = to_cxcywh(decode(raws, head)[0])
-    obj, prob = torch.cat([as_rows(r, head.na).flatten(1, 3) for r in raws], 1).sigmoid().tensor_split([5 * head.nh], -1)
+    boxes, rows = to_cxcywh(decode(raws, head)[0]), torch.cat([as_rows(r, head.na).flatten(1, 3) for r in raws], 1)
+    obj, prob = rows.sigmoid().tensor_split([5 * head.nh], -1)
     return torch.cat([torch.cat([boxes[:, :, h], obj[..., 5 * h + 4, None], prob * (head.head_of == h)], -1)
                       for h in range(head.nh)], 1)
 
 @torch.no_grad()
-def _forward(row, state, partition, spec, z, raw, whole):
+def _forward(name, variant, state, partition, spec, z, raw, whole):
     "Rows of a forward pass; `raw(h, l)` names the stored raw maps, `whole` the answers."
+    row = partial(_row, name, variant)
     model = load_foreign(state, partition).to(memory_format=torch.contiguous_format)
     size, due, raws = z["image_u8"].shape[-1], z[whole], model(torch.from_numpy(z["image_u8"]).float() / 255)
     rows = [row("image", draw_pictures(len(due), size, spec["image_seed"]), z["image_u8"], 0, 1)]
     for k, v in spec.get("checksum", {}).items():
         rows.append(row(f"sum of {k}", state[k].double().sum(), v, 1e-9, state[k].abs().sum()))
-    places = [(raw(h, l), as_rows(r)[..., at]) for l, r in enumerate(raws) for h, at in enumerate(_head_rows(partition))]
-    rows += [row(name, got, z[name], 1e-4, 1) for name, got in places]
-    stored = [_fuse([z[raw(h, l)] for h in range(partition.nh)], partition) for l in range(len(raws))]
-    got, scale = _answers(stored, model.head), np.r_[[1.] * 4, [0.] * (due.shape[-1] - 4)] * (size + np.abs(due))
-    return [*rows, row(whole, got[..., :4], due[..., :4], 3e-3, 1), row(f"{whole}_scores", got[..., 4:], due[..., 4:], 1e-5, 1),
-            row(f"{whole}_end_to_end", _answers(raws, model.head), due, 1e-4, scale)]
+    stored = [[z[raw(h, l)] for h in range(partition.nh)] for l in range(len(raws))]
+    for h, at in enumerate(_head_rows(partition)):
+        rows += [row(raw(h, l), as_rows(r)[..., at], stored[l][h], 1e-4, 1) for l, r in enumerate(raws)]
+    got, is_box = _answers([_fuse(parts, partition) for parts in stored], model.head), np.arange(due.shape[-1]) < 4
+    for part, columns, tolerance in ((whole, is_box, 3e-3), (f"{whole}_scores", ~is_box, 1e-5)):
+        rows.append(row(part, got[..., columns], due[..., columns], tolerance, 1))
+    return [*rows, row(f"{whole}_end_to_end", _answers(raws, model.head), due, 1e-4, is_box * (size + np.abs(due)))]
 
 def _tiny(name, spec, z):
     "Rows of `tiny_forward`: one head with implicit vectors."
     spec, partition = spec.get(name, spec), _partition([range(z["raw0"].shape[-1] - 5)])
     state = draw_weights(to_foreign(Detector.make(partition, implicit=True)), spec["weight_seed"])
-    row = partial(_row, name, f"nc={partition.nc}")
-    rows = _forward(row, state, partition, spec, z, lambda h, l: f"raw{l}", "decoded")
-    return [row("n_tensors", len(state), spec["n_tensors"], 0), *rows]
+    return _forward(name, f"nc={partition.nc}", state, partition, spec, z, lambda h, l: f"raw{l}", "decoded")
 
 def _multi(name, spec, z):
     "Rows of `multihead_forward`: several heads, on the trunk that the rule draws for a single-head network."
@@ -150,9 +149,7 @@ def _multi(name, spec, z):
     trunk = draw_weights(to_foreign(Detector.make(other, implicit=True)), spec["trunk_weight_seed"])
     state = draw_weights(to_foreign(Detector.make(partition), fused=False), spec["head_weight_seed"], only="model.77.")
     state |= {k: v for k, v in trunk.items() if not k.startswith("model.77.")}
-    row = partial(_row, name, spec["config"])
-    rows = _forward(row, state, partition, spec, z, lambda h, l: f"head{h}_raw{l}", "merged")
-    return [*rows, row("sum", z["merged"].sum(dtype=float), spec["sum"], 1e-6)]
+    return _forward(name, spec["config"], state, partition, spec, z, lambda h, l: f"head{h}_raw{l}", "merged")
 
 # %% ../nbs/20_export.ipynb #937cb5ff
 _HYP = {"box": "box_gain", "obj": "obj_gain", "cls": "cls_gain", "fl_gamma": "focal"} | {k: k for k in (
@@ -178,15 +175,16 @@ def _loss_rows(row, partition, loss, raws, targets, due):
 
 def _variants(row, partition, base, raws, targets, spec):
     "Rows of every variant in `spec`; one whose name says nothing to us is not judged."
-    hyps = [{k: due[k] for k in ("label_smoothing", "fl_gamma") if k in due} for due in spec.get("variants", ())]
-    named = {", ".join(f"{k} {v:g}" for k, v in h.items()): due | {"hyp": h} for h, due in zip(hyps, spec.get("variants", ()))}
     rows, which = [], {"empty_targets": targets["targets"][:0], "dup_targets": targets.get("targets_dup")}
-    for name, due in (named | spec).items():
+    hyp = lambda due: {k: due[k] for k in ("label_smoothing", "fl_gamma") if k in due}
+    label = lambda due: ", ".join(f"{k} {v:g}" for k, v in hyp(due).items())
+    listed = {label(due): due | {"hyp": hyp(due)} for due in spec.get("variants", ())}
+    for name, due in (listed | spec).items():
         if not isinstance(due, dict) or "loss" not in due: continue
         what, _, value = name.rpartition("_")
-        hyp = due.get("hyp", {what: float(value)} if what in _HYP else {})
-        if hyp or name in which:
-            loss = RoutedLoss(partition, **base | _settings(hyp))
+        changed = due.get("hyp", {what: float(value)} if what in _HYP else {})
+        if changed or name in which:
+            loss = RoutedLoss(partition, **base | _settings(changed))
             rows += _loss_rows(partial(row, name), partition, loss, raws, which.get(name, targets["targets"]), due)
         else: rows.append(row(name, "", 0, 0, 0) | NOT_JUDGED)
     return rows
@@ -197,7 +195,7 @@ def _plain(name, spec, z):
     one, row = _partition([range(z["pred0"].shape[-1] - 5)]), partial(_row, name)
     raws = [_fuse([z[f"pred{l}"]], one).requires_grad_() for l in range(3)]
     targets = {k: torch.from_numpy(v) for k, v in z.items() if k.startswith("targets")}
-    base = _settings(spec.get("hyp", {}) | {k: spec[k] for k in ("gr", "balance") if k in spec})
+    base = _settings(spec | spec.get("hyp", {}))
     loss = RoutedLoss(one, **base, autobalance=True)
     m = match_anchors(targets["targets"], [r.shape[2:] for r in raws], loss.anchors, loss.strides, loss.anchor_t)
     columns = dict(match=torch.stack([m.image, m.anchor, m.gy, m.gx, m.cls], 1), tbox=m.tbox, anch=m.anch)
@@ -211,12 +209,13 @@ def _plain(name, spec, z):
 
 def _router(name, spec, z):
     "Rows of `router_loss`."
-    rows, route = [], dict(reduce="head", others="background", negatives="head", single="skip")
+    rows, targets = [], dict(targets=torch.from_numpy(z["targets"]))
+    route = dict(reduce="head", others="background", negatives="head", single="skip")
     for config, part in spec.items():
-        partition = _partition(part["classes"], part["weights"])
-        heads = [[z[f"{config}_head{h}_pred{l}"] for h in range(partition.nh)] for l in range(3)]
-        rows += _variants(lambda variant, *numbers: _row(name, f"{config}, {variant}", *numbers), partition, route,
-                          [_fuse(h, partition).requires_grad_() for h in heads], dict(targets=torch.from_numpy(z["targets"])), part)
+        row, partition = partial(_row, name), _partition(part["classes"], part["weights"])
+        raws = [_fuse([z[f"{config}_head{h}_pred{l}"] for h in range(partition.nh)], partition) for l in range(3)]
+        found = _variants(row, partition, route, [r.requires_grad_() for r in raws], targets, part)
+        rows += [r | dict(variant=f"{config}, {r['variant']}") for r in found]
     return rows
 
 # %% ../nbs/20_export.ipynb #55bcdb65
@@ -234,8 +233,8 @@ def check(folder):
     Returns
     -------
     list of dict
-        A row a quantity: `fixture`, `variant`, `quantity`, `error` (px, a logit, a count, or relative; None where nothing
-        could be compared), `tolerance`, `ok` (bool; None for a kind or variant this build does not know).
+        A row a quantity: `fixture`, `variant`, `quantity`, `error` (px, a logit, a count, or relative; None where
+        nothing could be compared), `tolerance`, `ok` (bool; None for a kind or variant this build does not know).
 
     Raises
     ------
@@ -250,50 +249,43 @@ def check(folder):
     """
     folder, rows = Path(folder), []
     names = sorted({p.stem for p in folder.glob("*") if p.suffix in (".json", ".npz")})
-    if not names: raise FileNotFoundError(f"{folder}: no fixtures there (NAME.json with NAME.npz, of {', '.join(KINDS)})")
+    if not names: raise FileNotFoundError(f"{folder}: no fixtures there (.json and .npz, of {', '.join(KINDS)})")
     for name in names:
         file = folder / name
-        if name not in KINDS:
-            rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
-            continue
-        try: rows += KINDS[name](name, json.loads(Path(f"{file}.json").read_text("utf8")), dict(np.load(f"{file}.npz")))
-        except KeyError as e: raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
-        except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{file}: not a fixture ({e})") from None
+        if name not in KINDS: rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
+        else:
+            try: rows += KINDS[name](name, json.loads(Path(f"{file}.json").read_text()), dict(np.load(f"{file}.npz")))
+            except KeyError as e: raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
+            except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{file}: no fixture ({e})") from None
     return rows
 
 # %% ../nbs/20_export.ipynb #cae9ec90
 def _in_turn(sides, calls, cuda=False):
     "Seconds of each call of every side, {name: (calls,)}; a first round is not counted."
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    def seconds(f):
-        wait()
-        start = time.perf_counter()
-        f()
-        wait()
-        return time.perf_counter() - start
-    rounds = [[seconds(f) for f in sides.values()] for _ in range(calls + 1)]
+    wait, rounds = torch.cuda.synchronize if cuda else lambda: None, []
+    for _ in range(calls + 1):
+        marks = [time.perf_counter()]
+        for f in sides.values(): f(), wait(), marks.append(time.perf_counter())
+        rounds.append(np.diff(marks))
     return dict(zip(sides, np.array(rounds[1:]).T))
 
 class _Alive(TorchDispatchMode):
     "Watches tensors: `peak` is the most bytes alive of those made inside. Scratch memory within a kernel is not seen."
     def __init__(self):
         super().__init__()
-        self.peak, self.made, self.given = 0, weakref.WeakSet(), weakref.WeakSet()
+        self.peak, self.made = 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: {t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
-        self.given |= storages((args, kwargs)) - self.made                        # what comes from outside is no cost
-        out = func(*args, **kwargs or {})
-        self.made |= storages(out) - self.given
+        tensors = lambda tree: (t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
+        out = func(*args, **kwargs or {})                                      # a view of what was there costs nothing
+        self.made |= {t.untyped_storage() for t in tensors(out)}.difference(t.untyped_storage() for t in tensors(args))
         self.peak = max(self.peak, sum(s.nbytes() for s in self.made))
         return out
 
-def _peak(f, cuda=False):
+def _peak(f):
     "Most bytes that one call holds beside its inputs."
-    if cuda: torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else 0
-    with contextlib.nullcontext() if cuda else _Alive() as alive: f()
-    return torch.cuda.max_memory_allocated() - before if cuda else alive.peak
+    with _Alive() as alive: f()
+    return alive.peak
 
 # %% ../nbs/20_export.ipynb #ce71616d
 ONE, FOUR = ([list(range(80))], [[0], *(list(range(h, 80, 3)) for h in (1, 2, 3))])
@@ -322,10 +314,7 @@ def _decode_sides(batch, imgsz, device):
 def _loss_sides(batch, imgsz, boxes, device):
     "The loss in its naive form, in ours, and with four heads; forward, and (fb) forward and backward."
     targets, sides = _objects(batch, boxes, device), {}
-    raws = {nh: _maps([3 * (5 * nh + 80)] * 3, batch, imgsz, device) for nh in (1, 4)}
-    for nh, r in ((nh, r) for nh in raws for r in raws[nh]):
-        as_rows(r)[..., 4:5 * nh:5] -= 5                                                           # objects are rare
-        r.requires_grad_()
+    raws = {nh: [r.requires_grad_() for r in _maps([3 * (5 * nh + 80)] * 3, batch, imgsz, device)] for nh in (1, 4)}
     losses = dict(naive=naive_loss, plain=RoutedLoss(_partition(ONE)), routed4=RoutedLoss(_partition(FOUR)))
     for name, loss in losses.items():
         forward = lambda loss=loss, r=raws[4 if name == "routed4" else 1]: (loss(r, targets)["loss"], r)
@@ -342,13 +331,12 @@ def _step_sides(width, batch, imgsz, device):
     "Forward, loss (with its gradient), backward and update: called in turn they are training steps."
     (model, loss, optimizer), kept = _trained(width, device), {}
     images, targets = draw_pictures(batch, imgsz, 0).to(device), _objects(batch, 7, device)
-    def forward(): kept["raws"] = model(to_unit(images))
     def price():
         cut = [r.detach().requires_grad_() for r in kept["raws"]]
         kept["grads"] = torch.autograd.grad(loss(cut, targets)["loss"], cut)
-    def backward(): torch.autograd.backward(kept["raws"], kept["grads"])
-    def update(): optimizer.step(), optimizer.zero_grad()
-    return dict(forward=forward, loss=price, backward=backward, update=update)
+    return dict(forward=lambda: kept.update(raws=model(to_unit(images))), loss=price,
+                backward=lambda: torch.autograd.backward(kept["raws"], kept["grads"]),
+                update=lambda: (optimizer.step(), optimizer.zero_grad()))
 
 def _trainer_sides(batch, imgsz, device):
     "An epoch of eight batches by the `Learner`, and by hand."
@@ -377,19 +365,16 @@ LIMITS = {"plain_to_naive": None, "plain_fb_to_naive": .8, "routed4_fb_to_plain_
 FULL = dict(decode=32, loss=64, step=16, width=.25, trainer=8, pictures=600, calls=15)
 QUICK = dict(decode=4, loss=8, step=4, width=.125, trainer=2, pictures=32, calls=3)
 
-def bench(device="cpu", quick=False, imgsz=320, **sizes):
+def bench(device="cpu", quick=False, imgsz=320):
     """Speed and memory, as ratios of things called in turn in one run.
 
     Parameters
     ----------
     device : {"cpu", "cuda", "auto"}
     quick : bool
-        Smaller batches and fewer calls: shows that it runs, says little.
+        The batches and calls of `QUICK` instead of `FULL`: shows that it runs, says little.
     imgsz : int
         Side of the input, px, a multiple of 32.
-    **sizes : int
-        Changes of `FULL` (or `QUICK`): pictures of a batch for `decode`, `loss`, `step` and `trainer`, the step's
-        `width`, `pictures` of the evaluation, `calls`.
 
     Returns
     -------
@@ -400,30 +385,29 @@ def bench(device="cpu", quick=False, imgsz=320, **sizes):
     Raises
     ------
     ValueError
-        A device that is not there, a side that is no multiple of 32, an unknown size.
+        A device that is not there, a side that is no multiple of 32.
 
     References
     ----------
     own
     """
-    n = (known := QUICK if quick else FULL) | sizes
     if imgsz % 32: raise ValueError(f"imgsz={imgsz}: a multiple of 32 is due")
-    if extra := n.keys() - known: raise ValueError(f"bench: '{min(extra)}' is none of {', '.join(known)}")
-    place = make_accelerator(device, "fp32").device
+    n, place = QUICK if quick else FULL, make_accelerator(device, "fp32").device
     cuda, heads = place.type == "cuda", _decode_sides(n["decode"], imgsz, place)
-    peak = {k: _peak(f, cuda) for k, f in heads.items()}
-    losses = {k: _loss_sides(n["loss"], imgsz, boxes, place) for k, boxes in (("loss", 7), ("loss_25", 25))}
-    parts = dict(decode=heads, **losses, step=_step_sides(n["width"], n["step"], imgsz, place),
+    peak = {k: _peak(f) for k, f in heads.items()}
+    loss, loss_25 = (_loss_sides(n["loss"], imgsz, boxes, place) for boxes in (7, 25))
+    parts = dict(decode=heads, loss=loss, loss_25=loss_25, step=_step_sides(n["width"], n["step"], imgsz, place),
                  trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place))
     s = {k: _in_turn(sides, 3 if k == "eval" else n["calls"], cuda) for k, sides in parts.items()}
     step = sum(s["step"].values())
-    many = {"decode_time_4to1": s["decode"]["four"] / s["decode"]["one"], "decode_memory_4to1": peak["four"] / peak["one"],
-            "loss_share_of_step": s["step"]["loss"] / step, "step_images_per_s": n["step"] / step,
-            "trainer_overhead": s["trainer"]["learner"] / s["trainer"]["bare"] - 1,
-            "eval_images_per_s": n["pictures"] / s["eval"]["all"]}
-    for k, t in ((k.removeprefix("loss"), s[k]) for k in losses):
-        many |= {f"plain_to_naive{k}": t["plain"] / t["naive"], f"plain_fb_to_naive{k}": t["plain_fb"] / t["naive_fb"],
-                 f"routed4_fb_to_plain_fb{k}": t["routed4_fb"] / t["plain_fb"]}
+    many = dict(
+        decode_time_4to1=s["decode"]["four"] / s["decode"]["one"], decode_memory_4to1=peak["four"] / peak["one"],
+        loss_share_of_step=s["step"]["loss"] / step, step_images_per_s=n["step"] / step,
+        trainer_overhead=s["trainer"]["learner"] / s["trainer"]["bare"] - 1,
+        eval_images_per_s=n["pictures"] / s["eval"]["all"])
+    for name, a, b in (("plain_to_naive", "plain", "naive"), ("plain_fb_to_naive", "plain_fb", "naive_fb"),
+                       ("routed4_fb_to_plain_fb", "routed4_fb", "plain_fb")):
+        many |= {name + tail: s["loss" + tail][a] / s["loss" + tail][b] for tail in ("", "_25")}
     return dict.fromkeys(LIMITS) | {k: float(np.median(v)) for k, v in many.items()} | dict(
         spread={k: np.percentile(v, [25, 75]).tolist() for k, v in many.items()},
         ms={f"{k}/{side}": 1e3 * float(np.median(v)) for k, sides in s.items() for side, v in sides.items()},

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .boxes import nms
@@ -134,17 +135,19 @@ def decode(raws, head):
     sizes = [v.shape[1:4].numel() for v in views]
     boxes = raws[0].new_empty(len(raws[0]), sum(sizes), head.nh, 4)
     scores = raws[0].new_empty(len(raws[0]), sum(sizes), head.nc)
+    owner = F.one_hot(head.head_of, head.nh).T.to(scores)                     # (nh, nc)
     outs = boxes.split(sizes, 1), scores.split(sizes, 1)
     for v, box, score, anchor, stride in zip(views, *outs, head.anchors, head.strides):
-        s, (gy, gx) = v.sigmoid(), (torch.arange(n, device=v.device) for n in v.shape[2:4])
-        own, prob = s[..., :5 * head.nh].unflatten(-1, (head.nh, 5)), s[..., 5 * head.nh:]
-        cell = torch.stack(torch.meshgrid(gx, gy, indexing="xy"), -1)[:, :, None]
-        centre = (2 * own[..., :2] - .5 + cell) * stride
-        half = (2 * own[..., 2:4]).square() * (anchor / 2)[:, None, None, None]
-        box = box.view(*v.shape[:4], head.nh, 4)
+        own = v[..., :5 * head.nh].contiguous().sigmoid_().unflatten(-1, (head.nh, 5))
+        gy, gx = (torch.arange(n, device=v.device) for n in v.shape[2:4])
+        corner = (torch.stack(torch.meshgrid(gx, gy, indexing="xy"), -1)[:, :, None] - .5) * stride
+        centre = torch.add(corner, own[..., :2], alpha=2 * stride)
+        half = own[..., 2:4].square() * (2 * anchor)[:, None, None, None]
+        box, score = box.view(*v.shape[:4], head.nh, 4), score.view(*v.shape[:4], head.nc)
         torch.sub(centre, half, out=box[..., :2])
         torch.add(centre, half, out=box[..., 2:])
-        torch.mul(own[..., 4].index_select(-1, head.head_of), prob, out=score.view(*v.shape[:4], head.nc))
+        torch.sigmoid(v[..., 5 * head.nh:], out=score)
+        score *= own[..., 4] @ owner                  # a product with one 1 a class looks up, faster than indexing does
     return boxes, scores
 
 # %% ../nbs/08_heads.ipynb #28c19268

@@ -24,15 +24,15 @@ from .partition import anti_confusion, card, confused_pairs, load_heads, random_
 
 # %% ../nbs/16_study.ipynb #4f94eb3b
 def _apart(names, matrix, counts, heads, seed):
-    pairs = confused_pairs(matrix, names, k=len(names))
-    return anti_confusion(names, pairs, counts, min(heads, len(names)), share=.25)
+    pairs, n = confused_pairs(matrix, names, k=len(names)), min(heads, len(names))
+    return anti_confusion(names, pairs, counts, n, share=1 / n)
 
 def _random(names, matrix, counts, heads, seed): return random_heads(names, min(heads, len(names)), seed, counts)
 
 ARMS = {"control": (None, {}),
         "split": (_apart, {}),
-        "split-ignore": (_apart, {"others": "ignore"}),
-        "split-source": (_apart, {"reduce": "head", "negatives": "head", "single": "skip"}),
+        "split-background": (_apart, {"others": "background"}),
+        "split-source": (_apart, {"others": "background", "reduce": "head", "negatives": "head", "single": "skip"}),
         "random": (_random, {})}
 
 def arms(wanted=("split",)):
@@ -345,6 +345,7 @@ def write_report(folder, cfg, found):
     for name, fig in plot_study(folder).items():
         fig.savefig(folder / "fig" / f"{name}.png")
         plt.close(fig)
+    table["params"] = table["params"].astype("Int64")
     text = table.to_string(index=False, na_rep="", float_format="%.4f")
     lines = ["# One head or several?", "", found["sentence"], "", "```", text, "```", ""]
     if found["split"]:
