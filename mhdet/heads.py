@@ -139,15 +139,15 @@ def decode(raws, head):
     outs = boxes.split(sizes, 1), scores.split(sizes, 1)
     for v, box, score, anchor, stride in zip(views, *outs, head.anchors, head.strides):
         own = v[..., :5 * head.nh].contiguous().sigmoid_().unflatten(-1, (head.nh, 5))
+        box, score = box.view(*v.shape[:4], head.nh, 4), score.view(*v.shape[:4], head.nc)
+        torch.sigmoid(v[..., 5 * head.nh:], out=score)
+        score *= own[..., 4] @ owner                  # a product with one 1 a class looks up, faster than indexing does
         gy, gx = (torch.arange(n, device=v.device) for n in v.shape[2:4])
         corner = (torch.stack(torch.meshgrid(gx, gy, indexing="xy"), -1)[:, :, None] - .5) * stride
         centre = torch.add(corner, own[..., :2], alpha=2 * stride)
         half = own[..., 2:4].square() * (2 * anchor)[:, None, None, None]
-        box, score = box.view(*v.shape[:4], head.nh, 4), score.view(*v.shape[:4], head.nc)
         torch.sub(centre, half, out=box[..., :2])
         torch.add(centre, half, out=box[..., 2:])
-        torch.sigmoid(v[..., 5 * head.nh:], out=score)
-        score *= own[..., 4] @ owner                  # a product with one 1 a class looks up, faster than indexing does
     return boxes, scores
 
 # %% ../nbs/08_heads.ipynb #28c19268

@@ -41,8 +41,8 @@ def arms(wanted=("split",)):
     Parameters
     ----------
     wanted : sequence of str
-        Of `ARMS`. `split` parts confused classes and is trained with the house's routing, `split-ignore` spares
-        objects of other heads, `split-source` has the source's loss, `random` deals the classes out by chance.
+        Of `ARMS`. `split` parts confused classes and trains on with the config's routing, `split-background` makes
+        objects of other heads background, `split-source` has the source's loss, `random` deals classes out by chance.
 
     Returns
     -------
