@@ -369,9 +369,9 @@ def load_foreign(source, partition):
     """
     state = source if isinstance(source, dict) else read_tensors(source)
     where = "tensors" if isinstance(source, dict) else str(source)
-    if "model.0.conv.weight" not in state:
-        raise ValueError(f"{where}: no 'model.0.conv.weight'; not a detector of this family")
-    model = Detector.make(partition, len(state["model.0.conv.weight"]) / 32, "model.77.ia.0.implicit" in state)
+    if "model.76.conv.weight" not in state:
+        raise ValueError(f"{where}: no 'model.76.conv.weight'; not a detector of this family")
+    model = Detector.make(partition, len(state["model.76.conv.weight"]) / 512, "model.77.ia.0.implicit" in state)
     want = to_foreign(model, "model.77.m.0.weight" in state)
     for k in want.keys() | state.keys():
         a, b = (tuple(d[k].shape) if k in d else None for d in (state, want))
