@@ -73,8 +73,8 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
     run: str | None = None
     seed: int = 0
-    epochs: int = 16
-    extra_epochs: int = 5
+    epochs: int = 14
+    extra_epochs: int = 4
     max_hours: float | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
