@@ -73,8 +73,8 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
     run: str | None = None
     seed: int = 0
-    epochs: int = 14
-    extra_epochs: int = 4
+    epochs: int = 16
+    extra_epochs: int = 5
     max_hours: float | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -103,7 +103,7 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     keep_every: int = 0
     save_steps: int = 0
     conf: float = .001
-    nms_iou: float = .65
+    nms_iou: float = .5
     max_det: int = 300
     track: Literal["none"] = "none"
 

@@ -339,7 +339,7 @@ def write_report(folder, cfg, found):
     folder, env, table = Path(folder), environment(cfg.train.seed), study_table(found)
     (folder / "study.json").write_text(json.dumps(found, indent=1), encoding="utf8")
     facts = {k: env[k] for k in ("device", "threads", "commit", "date")}
-    facts |= {k: cfg.flat()[k] for k in ("seed", "epochs", "extra_epochs", "others")}
+    facts |= {k: cfg.flat()[k] for k in ("seed", "epochs", "extra_epochs", "others", "nms_iou")}
     facts["data"] = Path(cfg.data.data).name
     table.assign(**facts).to_csv(folder / "table.csv", index=False)
     (folder / "fig").mkdir(exist_ok=True)
