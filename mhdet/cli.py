@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'app', 'ROOT', 'CHOICES', 'GT', 'DT', 'SPLIT', 'STRATEGIES']
 
 # %% ../nbs/21_cli.ipynb #af3165b0
-import contextlib, functools, inspect, json, math, os, sys, time
+import contextlib, ctypes, functools, inspect, json, math, os, sys, time
 from pathlib import Path
 
 import typer
@@ -67,6 +67,18 @@ def _chosen(sources, uses):
     if odd: raise ValueError(f"'{odd[0]}' changes nothing here; allowed are {', '.join(uses.split()) or 'no choices'}")
     return chosen
 
+# %% ../nbs/21_cli.ipynb #ad7ee6c9
+@contextlib.contextmanager
+def _aside():
+    "Whatever is printed meanwhile goes to stderr, what libraries in C print too: stdout is for the answer."
+    library = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+    kept = os.dup(1)
+    sys.stdout.flush(), os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr): yield
+    finally:
+        library.fflush(None), os.dup2(kept, 1), os.close(kept)
+
 def _plain(value):
     "A JSON value: NaN is null, an array a list, a table a list of rows."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -116,7 +128,7 @@ def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
             choices = [w for w in words or () if "=" in w and not Path(w).exists()]
             named = _counted([w for w in words or () if w not in choices], *names)
             chosen = _chosen(_sources(ctx.obj, choices, keys), uses)
-            with contextlib.redirect_stdout(sys.stderr):
+            with _aside():
                 value, text, *failed = f(named, chosen, **{k: v for k, v in options.items() if k not in keys})
             typer.echo(json.dumps(_plain(value)) if as_json else text if isinstance(text, str) else _table(text))
             return int(any(failed))
@@ -212,76 +224,119 @@ def _eval(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("val", SP
     return out, f"{_table(rows)}\n\n" + _table([dict({"class": name}, **row) for name, row in classes])
 
 # %% ../nbs/21_cli.ipynb #4ff92833
-@_command("data device", (0, 1), "[RUN] [key=value]...")
-def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev", SPLIT),
-             out: str = _opt(None, "Confusion CSV to write."), conf: float = _opt(.25, "Least score."),
-             iou: float = _opt(.5, "Least IoU."), pairs: int = _opt(15, "So many.")):
-    "Which class is taken for which; worst pairs first."
+def _seen(names, chosen, gt, dt, split, conf, iou):
+    "What was taken for what, by a run on a split of its data or by anybody's answers: names, matrix, where."
     from mhdet.data import open_data
-    from mhdet.metrics import confusion, write_confusion
-    from mhdet.partition import confusability, confused_pairs
-    if files := _foreign(names, gt, dt): classes, truth, n, found = files
+    from mhdet.metrics import confusion
+    if files := _foreign(names, gt, dt): (classes, truth, n, found), where = files, gt
     else:
         opened = lambda cfg, _: open_data(cfg.data.data, split, cfg.data.dev)[split]
         partition, data, found = _ask(names[0], chosen, opened, conf=conf)
-        classes, truth, n = partition.names, data.records.gt, len(data)
-    matrix = confusion(truth, found, len(classes), n, conf, iou)
+        held = ", held back from train" if split == "dev" else ""
+        classes, truth, n, where = partition.names, data.records.gt, len(data), f"{split} of {names[0]}{held}"
+    where = f"{where}: {n:,} pictures, {len(truth['label']):,} boxes"
+    return classes, confusion(truth, found, len(classes), n, conf, iou), where
+
+@_command("data device", (0, 1), "[RUN] [key=value]...")
+def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev", SPLIT),
+             out: str = _opt(None, "Confusion CSV to write."), conf: float = _opt(.25, "Least score."),
+             iou: float = _opt(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
+             threshold: float = _opt(None, "Only pairs with at least this share confused.")):
+    "Which class is taken for which; worst pairs first."
+    from mhdet.metrics import write_confusion
+    from mhdet.partition import confusability, confused_pairs
+    classes, matrix, where = _seen(names, chosen, gt, dt, split, conf, iou)
     if out: write_confusion(out, matrix, classes)
     share = confusability(matrix, len(classes))
     rows = [dict(a=classes[i], b=classes[j], share=share[i, j], a_as_b=matrix[i, j], b_as_a=matrix[j, i])
-            for i, j in confused_pairs(matrix, classes, pairs)]
-    return dict(names=classes, matrix=matrix, pairs=rows), rows or "no two classes were confused"
+            for i, j in confused_pairs(matrix, classes, pairs, threshold)]
+    text = f"{where}\n\n{_table(rows) if rows else 'no two classes were confused'}"
+    return dict(names=classes, matrix=matrix, pairs=rows, where=where), text
 
 # %% ../nbs/21_cli.ipynb #57fe775c
-STRATEGIES = ("anti_confusion", "standard", "random", "single")
+STRATEGIES = "anti_confusion optimal together standard geometry hybrid random single".split()
 
-def _facts(confusion, counts, chosen):
-    "Class names, boxes per class, confusion matrix: from what was given, COCO's names from nothing."
+def _facts(confusion, counts, chosen, seen):
+    "Class names, boxes per class, confusion matrix, annotations: from what was given, COCO's names from nothing."
     import numpy as np, pandas as pd
-    from mhdet.data import open_data
     from mhdet.metrics import read_confusion
     from mhdet.partition import read_counts
-    matrix, names = read_confusion(confusion) if confusion else (None, None)
-    boxes = None if matrix is None else matrix[:-1].sum(1)
+    names, matrix = seen or (read_confusion(confusion)[::-1] if confusion else (None, None))
+    boxes, gt = None if matrix is None else matrix[:-1].sum(1), None
     if data := chosen.get("data"):
+        from mhdet.data import open_data
         train = open_data(data, "train", chosen.get("dev", .15))["train"]
         if names not in (None, train.names): raise ValueError(f"{confusion}: its classes are not those of {data}")
-        names, boxes = train.names, np.bincount(train.gt["label"], minlength=len(train.names))
+        names, gt, boxes = train.names, train.gt, np.bincount(train.gt["label"], minlength=len(train.names))
     if counts:
         names = names or pd.read_csv(counts).get("name", pd.Series()).tolist()
         boxes = read_counts(counts, names)
-    if names: return names, boxes, matrix
+    if names: return names, boxes, matrix, gt
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights as weights
-    return [n for n in weights.COCO_V1.meta["categories"] if n not in ("__background__", "N/A")], None, None
+    return [n for n in weights.COCO_V1.meta["categories"] if n not in ("__background__", "N/A")], None, None, None
+
+def _need(strategy, confusion, pairs, gt, counts):
+    "Refuse a strategy that was not told what it goes by."
+    if strategy not in STRATEGIES: raise ValueError(f"--strategy: '{strategy}' is none of {', '.join(STRATEGIES)}")
+    lacks = {"anti_confusion": not (confusion or pairs) and "--confusion, --pairs or a RUN",
+             "together": not confusion and "--confusion or a RUN",
+            "geometry": not gt and "--data", "hybrid": not gt and "--data",
+             "optimal": not (confusion or pairs or gt or counts) and "--confusion, a RUN, --pairs, --data or --counts"}
+    if lack := lacks.get(strategy): raise ValueError(f"{strategy}: {lack} is due")
+
+def _made(strategy, classes, boxes, matrix, gt, apart, wish, heads, lone, rules, groups, alpha, seed):
+    "The partition of a strategy."
+    from mhdet.partition import Partition, anti_confusion, class_stats, geometry, hybrid, optimal, random_heads
+    from mhdet.partition import read_groups, standard, together
+    stats = lambda: class_stats(gt, len(classes))
+    by = {"anti_confusion": lambda: anti_confusion(classes, apart, boxes, heads, **lone),
+          "optimal": lambda: optimal(classes, boxes, heads, matrix, wish.pairs, join=wish.together, **lone, **rules),
+          "together": lambda: together(classes, matrix, heads, seed),
+          "standard": lambda: standard(classes, *[read_groups(groups)] * bool(groups)),
+          "geometry": lambda: geometry(classes, stats().log_ratio, heads, seed),
+          "hybrid": lambda: hybrid(classes, stats(), heads, alpha, seed=seed),
+          "random": lambda: random_heads(classes, heads, seed, boxes),
+          "single": lambda: Partition.single(classes)}
+    return by[strategy]()
 
 # %% ../nbs/21_cli.ipynb #13b64e40
-@_command("data dev seed")
+@_command("data dev seed device", (0, 1), "[RUN] [key=value]...")
 def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.join(STRATEGIES)}."),
-               heads: int = _opt(4, "How many."), confusion: str = _opt(None, "Confusion CSV."),
-               pairs: str = _opt(None, "YAML of pairs to keep apart."),
+               heads: int = _opt(4, "How many."), confusion: str = _opt(None, "Confusion CSV; instead of a RUN."),
+               pairs: str = _opt(None, "YAML of pairs, solo classes, classes together."),
                counts: str = _opt(None, "CSV of boxes per class; without it --data's train, or the confusion's rows."),
+               groups: str = _opt(None, "Groups file for standard."),
                k: int = _opt(None, "Confused pairs to part; as many as classes."),
+               threshold: float = _opt(None, "Confused pairs to part: at least this share."),
                share: float = _opt(None, "A class with more of the boxes stands alone; 1 / heads."),
+               imbalance: float = _opt(None, "optimal: most boxes of a head over fewest; the greedy answer's."),
+               class_imbalance: float = _opt(None, "optimal: the same for classes."),
+               alpha: float = _opt(.5, "hybrid: weight of shape against company."),
+               time_limit: float = _opt(60., "optimal: seconds."),
+               gap: float = _opt(0., "optimal: gap that is enough."),
+               conf: float = _opt(.25, "RUN: least score."),
+               weights: str = _opt("equal", "Of the heads in the loss: equal, balanced."),
                out: str = _opt(None, "Head file to write.")):
     "Which classes share a head: a head file and its card."
-    from mhdet.partition import Pairs, Partition, anti_confusion, card, confused_pairs, read_pairs, save_heads
-    from mhdet.partition import random_heads, standard
-    if strategy not in STRATEGIES: raise ValueError(f"--strategy: '{strategy}' is none of {', '.join(STRATEGIES)}")
-    if strategy == "anti_confusion" and not (confusion or pairs): raise ValueError("--confusion or --pairs is due")
-    classes, boxes, matrix = _facts(confusion, counts, chosen)
+    from mhdet.partition import Pairs, balanced, card, card_text, confused_pairs, read_pairs, save_heads
+    strategy = strategy.replace("-", "_")
+    if names and confusion: raise ValueError(f"either a RUN or --confusion is due, got {names[0]} and {confusion}")
+    if weights not in ("equal", "balanced"): raise ValueError(f"--weights: '{weights}' is none of equal, balanced")
+    _need(strategy, confusion or names, pairs, chosen.get("data"), counts)
+    *seen, where = _seen(names, chosen, None, None, "dev", conf, .5) if names else (None,)
+    classes, boxes, matrix, gt = _facts(confusion, counts, chosen, seen)
     wish = read_pairs(pairs, classes) if pairs else Pairs([], [], [])
-    if wish.together: print(f"mhdet: {pairs}: {strategy} takes no notice of 'together'", file=sys.stderr)
-    apart = wish.pairs + (confused_pairs(matrix, classes, k or len(classes)) if confusion else [])
-    if boxes is not None and share is None: share = 1 / heads
-    made = {"anti_confusion": lambda: anti_confusion(classes, apart, boxes, heads, wish.solo, share),
-            "standard": lambda: standard(classes), "single": lambda: Partition.single(classes),
-            "random": lambda: random_heads(classes, heads, chosen.get("seed", 0), boxes)}[strategy]()
+    if wish.together and strategy != "optimal":
+        print(f"mhdet: {pairs}: {strategy} takes no notice of 'together'", file=sys.stderr)
+    apart = wish.pairs + (confused_pairs(matrix, classes, k or len(classes), threshold) if matrix is not None else [])
+    lone = dict(solo=wish.solo, share=1 / heads if boxes is not None and share is None else share)
+    rules = dict(imbalance=imbalance, class_imbalance=class_imbalance, time_limit=time_limit, gap=gap)
+    seed = chosen.get("seed", 0)
+    made = _made(strategy, classes, boxes, matrix, gt, apart, wish, heads, lone, rules, groups, alpha, seed)
+    if weights == "balanced": made = balanced(made, boxes)
     facts = card(made, boxes, matrix, sorted({(min(a), max(a)) for a in apart}))
     if out: save_heads(out, made)
-    rows = [dict(head=h.name, n=len(h.classes), boxes=b, classes=" ".join(classes[c] for c in h.classes)[:70])
-            for h, b in zip(made.heads, facts["boxes"] or [None] * made.nh)]
-    rest = [f"{k}: {v if v is None else round(v, 4)}" for k, v in facts.items() if k not in ("sizes", "boxes")]
-    return facts, "\n".join([_table(rows), "", *rest])
+    return facts, "\n".join([*([f"confusion: {where}"] if where else []), card_text(made, facts)])
 
 # %% ../nbs/21_cli.ipynb #163ae8ef
 @_command("", (1, 1), "RUN")

@@ -456,8 +456,7 @@ def _scribble(draw, rng, S, n):
 def _toy_object(draw, rng, label, centre, radius):
     "Paint one object on a canvas of double size; returns the box of its outline in px of the picture."
     family = next(f for f, names in enumerate(TOY_FAMILIES) if TOY_CLASSES[label] in names)
-    own, turn, wide = rng.random() < .9, rng.normal(0, .12), rng.uniform(.8, 1.25)
-    hue = (_HUES[family] + rng.normal(0, .03)) % 1 if own else rng.random()
+    turn, wide, hue = rng.normal(0, .12), rng.uniform(.8, 1.25), (_HUES[family] + rng.normal(0, .03)) % 1
     base = 255 * np.array(hsv_to_rgb(hue, rng.uniform(.6, .95), rng.uniform(.75, 1)))
     tones = [tuple(int(v) for v in c) for c in (base, base * .45, base * .3 + 178)]
     turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * [[wide], [1 / wide]]

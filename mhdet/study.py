@@ -20,12 +20,18 @@ from .experiment import dataset, limits, load_run, plot_runs, predict, train
 from .heads import split_heads
 from .learner import make_accelerator
 from .metrics import confusion, evaluate, plot_confusion, read_confusion, write_confusion
-from .partition import anti_confusion, card, confused_pairs, load_heads, random_heads, save_heads
+from .partition import anti_confusion, card, confused_pairs, load_heads, optimal, random_heads, save_heads, together
 
 # %% ../nbs/16_study.ipynb #4f94eb3b
 def _apart(names, matrix, counts, heads, seed):
     pairs, n = confused_pairs(matrix, names, k=len(names)), min(heads, len(names))
     return anti_confusion(names, pairs, counts, n, share=1 / n)
+
+def _best(names, matrix, counts, heads, seed):
+    n = min(heads, len(names))
+    return optimal(names, counts, n, matrix, share=1 / n, time_limit=20)
+
+def _joined(names, matrix, counts, heads, seed): return together(names, matrix, min(heads, len(names)))
 
 def _random(names, matrix, counts, heads, seed): return random_heads(names, min(heads, len(names)), seed, counts)
 
@@ -33,6 +39,8 @@ ARMS = {"control": (None, {}),
         "split": (_apart, {}),
         "split-background": (_apart, {"others": "background"}),
         "split-source": (_apart, {"others": "background", "reduce": "head", "negatives": "head", "single": "skip"}),
+        "optimal": (_best, {}),
+        "together": (_joined, {}),
         "random": (_random, {})}
 
 def arms(wanted=("split",)):
@@ -42,7 +50,8 @@ def arms(wanted=("split",)):
     ----------
     wanted : sequence of str
         Of `ARMS`. `split` parts confused classes and trains on with the config's routing, `split-background` makes
-        objects of other heads background, `split-source` has the source's loss, `random` deals classes out by chance.
+        objects of other heads background, `split-source` has the source's loss; `optimal` leaves the least confusion inside
+        heads, `together` the most, `random` deals classes out by chance.
 
     Returns
     -------

@@ -31,7 +31,7 @@ class Cell(NamedTuple):
 
 
 class Chapter(NamedTuple):
-    number: int
+    number: float
     name: str
     cells: list
     bytes: int = 0
@@ -51,16 +51,16 @@ def cell(source):
 def chapter(path):
     "A notebook as a chapter; Markdown cells count as empty code."
     nb = json.loads(path.read_text(encoding="utf8"))
-    number, name = re.fullmatch(r"(?:(\d\d)_)?(.*)", path.stem).groups()
+    number, letter, name = re.fullmatch(r"(?:(\d\d)([a-z]?)_)?(.*)", path.stem).groups()      # 05b lies between 05 and 06
     cells = [cell("".join(c["source"]) if c["cell_type"] == "code" else "") for c in nb["cells"]]
-    return Chapter(int(number or 99), name, cells, path.stat().st_size)
+    return Chapter(int(number or 99) + " abcdefghi".index(letter or " ") / 10, name, cells, path.stat().st_size)
 
 
 def planted(*sources, number=5, name="planted", size=0):
     return Chapter(number, name, [cell(s) for s in sources], size)
 
 
-CHAPTERS = [chapter(p) for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+CHAPTERS = [chapter(p) for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
 STUDIES = [chapter(p) for p in sorted((ROOT / "nbs/studies").glob("[!.]*.ipynb"))]
 LOG = (ROOT / "nbs/log.md").read_text(encoding="utf8") if (ROOT / "nbs/log.md").is_file() else ""
 # a line of the log, "Ceiling broken: `learner`, lines in exported cell: why", waives that ceiling there
@@ -96,7 +96,7 @@ def upward(ch):
             if top != "mhdet" or ast.unparse(n) == "from mhdet import __version__": continue
             if isinstance(n, ast.Import) or rest not in NUMBER:
                 out.append(f"{ch.name} imports {root}: names are imported by name, from a chapter")
-            elif NUMBER[rest] >= ch.number: out.append(f"{ch.name} ({ch.number:02}) imports {rest} ({NUMBER[rest]:02})")
+            elif NUMBER[rest] >= ch.number: out.append(f"{ch.name} ({ch.number:02g}) imports {rest} ({NUMBER[rest]:02g})")
             elif 11 <= ch.number <= 14 and 1 <= NUMBER[rest] <= 10:
                 out.append(f"the hinge: {ch.name} must not know of {rest}")
     return out
