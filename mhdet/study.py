@@ -20,7 +20,8 @@ from .experiment import dataset, limits, load_run, plot_runs, predict, train
 from .heads import split_heads
 from .learner import make_accelerator
 from .metrics import confusion, evaluate, plot_confusion, read_confusion, write_confusion
-from .partition import anti_confusion, card, confused_pairs, load_heads, optimal, random_heads, save_heads, together
+from .partition import (anti_confusion, card, confused_pairs, load_heads, optimal, random_heads, save_heads,
+                             together)
 
 # %% ../nbs/16_study.ipynb #4f94eb3b
 def _apart(names, matrix, counts, heads, seed):
@@ -50,8 +51,8 @@ def arms(wanted=("split",)):
     ----------
     wanted : sequence of str
         Of `ARMS`. `split` parts confused classes and trains on with the config's routing, `split-background` makes
-        objects of other heads background, `split-source` has the source's loss; `optimal` leaves the least confusion inside
-        heads, `together` the most, `random` deals classes out by chance.
+        objects of other heads background, `split-source` has the source's loss; `optimal` leaves the least confusion
+        inside heads, `together` the most, `random` deals classes out by chance.
 
     Returns
     -------

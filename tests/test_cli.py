@@ -1,5 +1,6 @@
 """The command line: one clear line and code 2 for bad input, counted problems below 5 %, and what survives a signal."""
 import contextlib
+import ctypes
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mhdet import export
+from mhdet import cli, export
 from mhdet.cli import app
 from mhdet.core import JsonLog, read_yaml
 from mhdet.data import open_data
@@ -93,7 +94,15 @@ BAD = {
     "eval base --data toy:16": "toy:16: its classes are not those of run base",
     "eval --gt bad.yaml --dt bad.yaml": "bad.yaml: not JSON",
     "confuse": "either one RUN is due, or --gt and --dt",
-    "partition --strategy clever": "'clever' is none of anti_confusion, standard, random, single",
+    "partition --strategy clever": "'clever' is none of anti_confusion, optimal, together, standard, geometry, hybrid",
+    "partition --strategy geometry": "geometry: --data is due",
+    "partition --strategy together": "together: --confusion or a RUN is due",
+    "partition base --confusion C.csv": "either a RUN or --confusion is due, got base and C.csv",
+    "partition base --weights light": "'light' is none of equal, balanced",
+    "partition base --strategy optimal --imbalance .5": "an imbalance is 1 or more, got 0.5",
+    "partition --strategy hybrid --data data --alpha 2": "alpha must be 0..1, got 2.0",
+    "partition --strategy standard --groups absent.yaml --data data": "absent.yaml: no such file",
+    "partition --strategy optimal --pairs foes.yaml --heads 2 --data data": "into 2 heads has all of: a and b apart; b and c apart; a and c apart",
     "partition --confusion absent.csv": "absent.csv: no such file",
     "partition --strategy standard --data data": "standard is made for COCO's 80 classes",
     "partition --strategy random --heads 9 --data data": "heads must be 1..6",
@@ -115,7 +124,8 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_bad_input_is_one_line_and_code_2(here, line):
     files = {"key.yaml": "learning_rate: 1", "bad.yaml": "a: [", "twice.yaml": heads([0, 1], [1, 2, 3, 4, 5]), "none.yaml": heads([0, 3, 4, 5], [1]),
-             "other.yaml": heads([0, 3, 4], [1, 2, 5], names="[a, x, c, d, e, f]"), "two.yaml": heads([0, 1, 2], [3, 4, 5]), "empty.jpg": ""}
+             "other.yaml": heads([0, 3, 4], [1, 2, 5], names="[a, x, c, d, e, f]"), "two.yaml": heads([0, 1, 2], [3, 4, 5]), "empty.jpg": "",
+             "foes.yaml": "pairs: [[a, b], [b, c], [c, a], [d, e]]"}
     for name, text in files.items(): Path(name).write_text(text)
     code, out, err = mhdet(line)
     assert (code, out) == (2, "") and BAD[line] in err
@@ -167,6 +177,11 @@ def test_one_run_through_all_commands(here):
     assert len(mhdet_json("confuse base --conf .001 --out C.csv")["matrix"]) == 7 and Path("C.csv").is_file()
     facts = mhdet_json("partition --confusion C.csv --data data --heads 2 --out H.yaml")
     assert sum(facts["sizes"]) == 6 and load_heads("H.yaml", list("abcdef")).nh == 2
+    again = mhdet_json("partition base --conf .001 --data data --heads 2 --strategy optimal")
+    assert again["gap"] == 0 and again["inside_confusion"] <= facts["inside_confusion"]
+    assert mhdet("partition base --heads 2")[1].startswith("confusion: dev of base, held back from train: ")
+    for strategy in ("geometry", "hybrid", "random", "together --confusion C.csv"):
+        assert sum(mhdet_json(f"partition --strategy {strategy} --data data --heads 3 --weights balanced")["sizes"]) == 6
     assert mhdet_json("split base --heads H.yaml --out parted")["heads"] == 2
     again = mhdet_json("eval parted")
     assert again["coco"]["AP50"] == pytest.approx(figures["coco"]["AP50"], abs=1e-9)
@@ -196,6 +211,14 @@ def test_resized_copy_and_standard_heads(here):
     published = f"--pairs {ROOT}/data/pairs-coco.yaml --counts {ROOT}/data/coco_train2017_class_counts.csv"
     facts = mhdet_json(f"partition {published}")
     assert facts["boxes"] == [262465, 199806, 198854, 198876] and facts["pairs_apart"] == facts["pairs_total"]
+    facts = mhdet_json(f"partition {published} --strategy optimal")
+    assert max(facts["boxes"][1:]) == facts["bound"] == 199179 and facts["pairs_apart"] == 19 and facts["gap"] == 0
+
+
+def test_stdout_is_for_the_answer(capfd):
+    "What a library in C prints, as HiGHS does, goes to stderr."
+    with cli._aside(): ctypes.CDLL(None).puts(b"noise")
+    assert capfd.readouterr() == ("", "noise\n")
 
 
 def test_a_check_that_fails_is_code_1(here, monkeypatch):
