@@ -9,7 +9,7 @@ __all__ = ['partition_board']
 import io
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from .metrics import plot_confusion
 from .partition import STANDARD, anti_confusion, card, card_text, confused_pairs, geometry, hybrid, optimal
@@ -33,12 +33,12 @@ def _strategies(names, counts, confusion, stats, groups):
 
 def _picture(partition, counts, confusion):
     "PNG bytes: the matrix in order of the heads, and the balance."
-    with plt.ioff(): fig, axes = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1.2, 1))
+    fig = Figure(figsize=(10, 4.4))                                      # not pyplot's: nothing else may show or close it
+    axes = fig.subplots(1, 2, width_ratios=(1.2, 1))
     plot_confusion(confusion, partition.names, partition.head_of, axes[0])
     plot_balance(partition, counts, axes[1])
     file = io.BytesIO()
     fig.savefig(file, dpi=80)
-    plt.close(fig)
     return file.getvalue()
 
 def _dials(names, known, out):

@@ -165,7 +165,7 @@ def search(task, a, enough=lambda a: False, until=np.inf, seed=0):
         if task.paid(a) <= task.paid(best): best = a
         if enough(best) or time.monotonic() > until: break
         a = best
-        for _ in range(3):
+        for _ in range(max(3, len(a) // 8)):
             free = np.flatnonzero(np.isfinite(swap_changes(task, a)))
             if len(free): a = swapped(a, rng.choice(free), task.heads)
     return best
