@@ -33,7 +33,7 @@ def _strategies(names, counts, confusion, stats, groups):
 
 def _picture(partition, counts, confusion):
     "PNG bytes: the matrix in order of the heads, and the balance."
-    fig = Figure(figsize=(10, 4.4))                                      # not pyplot's: nothing else may show or close it
+    fig = Figure(figsize=(10, 4.4))                                    # not pyplot's: nothing else may show or close it
     axes = fig.subplots(1, 2, width_ratios=(1.2, 1))
     plot_confusion(confusion, partition.names, partition.head_of, axes[0])
     plot_balance(partition, counts, axes[1])
