@@ -117,6 +117,7 @@ def _padded(group, groups, width, off=None):
     out[group[order], place.clamp(max=width - 1)] = order
     return out[:groups]
 
+# %% ../nbs/09_assign.ipynb #c78a452d
 def _overlaps(a, b):
     "IoU of every box of a (G, T, 4) with every box of b (G, A, 4) of the same group, xyxy px, (G, T, A)."
     a, b = a[:, :, None].unbind(-1), b[:, None].unbind(-1)

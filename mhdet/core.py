@@ -89,9 +89,9 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     clip: float = 0.
     ema: float = .9999
     freeze: str | int | None = None
-    assign: Literal["plain"] = "plain"
+    assign: Literal["plain", "ota"] = "plain"
     anchor_t: float = 4.
-    others: Literal["background", "ignore"] = "ignore"
+    others: Literal["background", "ignore", "ignore_iou"] = "ignore"
     negatives: Literal["head", "all"] = "all"
     reduce: Literal["head", "trunk"] = "trunk"
     single: Literal["train", "skip"] = "train"

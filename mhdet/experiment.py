@@ -154,7 +154,7 @@ def make_loss(cfg, model):
     """
     t, head = cfg.train, model.head
     gains = scale_gains(cfg.data.imgsz, head.nc, len(head.strides), t.box_gain, t.obj_gain, t.cls_gain)
-    same = ("reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
+    same = ("assign", "reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
     options = gains | {k: getattr(t, k) for k in same}
     return RoutedLoss(head.partition, head.anchors.tolist(), head.strides, **options)
 

@@ -131,23 +131,26 @@ def decode(raws, head):
     ----------
     Wang, Bochkovskiy, Liao 2022; gathering by head: own.
     """
-    views = [as_rows(r, head.na) for r in raws]
+    views, rows = [as_rows(r, head.na) for r in raws], 5 * head.nh + head.nc
+    odd = [v.shape[4] for v in views if v.shape[4] != rows]
+    if odd: raise RuntimeError(f"{odd[0]} rows an anchor, due are {rows} = 5 x {head.nh} heads + {head.nc} classes")
     sizes = [v.shape[1:4].numel() for v in views]
     boxes = raws[0].new_empty(len(raws[0]), sum(sizes), head.nh, 4)
     scores = raws[0].new_empty(len(raws[0]), sum(sizes), head.nc)
     owner = F.one_hot(head.head_of, head.nh).T.to(scores)                     # (nh, nc)
     outs = boxes.split(sizes, 1), scores.split(sizes, 1)
+    both = torch.eye(2, device=scores.device, dtype=scores.dtype).repeat(1, 2)             # to the corners: xy and xy
+    out_of = both * both.new_tensor([-1, -1, 1, 1])                                        # half of w, h away from xy
     for v, box, score, anchor, stride in zip(views, *outs, head.anchors, head.strides):
-        own = v[..., :5 * head.nh].contiguous().sigmoid_().unflatten(-1, (head.nh, 5))
-        box, score = box.view(*v.shape[:4], head.nh, 4), score.view(*v.shape[:4], head.nc)
-        torch.sigmoid(v[..., 5 * head.nh:], out=score)
+        (A, H, W), own = v.shape[1:4], v[..., :5 * head.nh].contiguous().sigmoid_().unflatten(-1, (head.nh, 5))
+        score = torch.sigmoid(v[..., 5 * head.nh:], out=score.view(*v.shape[:4], head.nc))
         score *= own[..., 4] @ owner                  # a product with one 1 a class looks up, faster than indexing does
-        gy, gx = (torch.arange(n, device=v.device) for n in v.shape[2:4])
-        corner = (torch.stack(torch.meshgrid(gx, gy, indexing="xy"), -1)[:, :, None] - .5) * stride
-        centre = torch.add(corner, own[..., :2], alpha=2 * stride)
-        half = own[..., 2:4].square() * (2 * anchor)[:, None, None, None]
-        torch.sub(centre, half, out=box[..., :2])
-        torch.add(centre, half, out=box[..., 2:])
+        grid = torch.stack(torch.meshgrid(*(torch.arange(n, device=v.device) for n in (W, H)), indexing="xy"), -1)
+        corner = ((grid - .5) * stride).repeat(1, 1, 2 * head.nh).view(H, W, head.nh, 4)
+        own[..., 2:4].square_()
+        turn = [2 * stride * both.expand(A, 2, 4), 2 * anchor[..., None].to(both) * out_of, both.new_zeros(A, 1, 4)]
+        torch.matmul(own.flatten(2, 4), torch.cat(turn, 1), out=box.view(len(v), A, -1, 4))
+        box.view(*v.shape[:4], head.nh, 4).add_(corner)
     return boxes, scores
 
 # %% ../nbs/08_heads.ipynb #28c19268

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 
-from .assign import match_anchors
+from .assign import match_anchors, match_ota
 from .boxes import ciou
 from .heads import ANCHORS, STRIDES, as_rows
 
@@ -163,7 +163,6 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
     return dict(loss=(box + obj + cls) * len(raws[0]), box=box, obj=obj, cls=cls)
 
 # %% ../nbs/10_loss.ipynb #06c5b972
-def _places(m): return zip(*(v.split(m.sizes) for v in (m.image, m.anchor, m.gy, m.gx)))
 def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].transpose(1, 4)           # (B, nh, H, W, A)
 
 class _Take(Function):
@@ -171,10 +170,10 @@ class _Take(Function):
     @staticmethod
     def forward(ctx, fill, m, na, nh, *raws):
         ctx.args, ctx.like, ctx.device = (m, na, nh), [torch.empty_like(r, device="meta") for r in raws], raws[0].device
-        rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, _places(m))])
+        rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, m.places())])
         fresh = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
         obj = [_objectness(r, na, nh).to(**fresh) for r in raws]
-        for o, at in zip(obj, _places(m)): o.transpose(1, 4)[at] = fill
+        for o, at in zip(obj, m.places()): o.transpose(1, 4)[at] = fill
         return rows.float(), *obj
 
     @staticmethod
@@ -186,7 +185,7 @@ class _Put(Function):
     def forward(ctx, args, like, device, rows, *obj):
         ctx.args, (m, na, nh) = args, args
         out = [torch.zeros_like(x, device=device) for x in like]
-        for raw, o, r, at in zip(out, obj, rows.split(m.sizes), _places(m)):
+        for raw, o, r, at in zip(out, obj, rows.split(m.sizes), m.places()):
             _objectness(raw, na, nh).copy_(o)
             as_rows(raw, na)[..., 4:5 * nh:5][at] = 0
             as_rows(raw, na).index_put_(at, r.to(raw.dtype), accumulate=True)
@@ -200,6 +199,7 @@ def _classes(loss, logits, cls, head):
     "Class price of each positive, (n,)."
     target = torch.full_like(logits, loss.smooth / 2).scatter_(1, cls[:, None], 1 - loss.smooth / 2)
     price, known = loss.cost(logits, target, loss.cls_pw), loss.head_of == head[:, None]
+    if len(loss.class_weights): price = price * loss.class_weights
     if loss.negatives == "head": price = price * known
     price = price.sum(1) / (known.sum(1) if (loss.reduce, loss.negatives) == ("head", "head") else loss.nc)
     return price * (known.sum(1) > 1) if loss.single == "skip" else price
@@ -209,8 +209,32 @@ def _last(key, size):
     "Position of the last occurrence of each key 0..size-1, -1 if there is none; the same on every device."
     return key.new_full((size,), -1).scatter_reduce_(0, key, torch.arange(len(key), device=key.device), "amax")
 
-def _presence(loss, obj, logits, quality, head, m):
-    "Objectness price by level and head, (L, nh), before level balance and head weight."
+# %% ../nbs/10_loss.ipynb #d47d1cee
+@torch.no_grad()
+def _crossed(raws, targets, loss, limit=.5):
+    "Whose box overlaps an object of another head by more than `limit`: by level (B, nh, H, W, A) bool."
+    out, (nh, na), (image, cls) = [], (loss.nh, loss.anchors.shape[1]), targets[:, :2].long().unbind(1)
+    for raw, anchors, stride in zip(raws, loss.anchors, loss.strides):
+        B, _, H, W = raw.shape
+        x, y, w, h = (targets[:, 2:] * targets.new_tensor([W, H] * 2)).T[:, :, None]
+        gx, gy = (torch.arange(k, device=raw.device) for k in (W, H))            # a box over half of it has its centre
+        near = lambda g, c, s: (g > c - s / 2 - 1.5) & (g < c + s / 2 + .5)      # inside, so the cell is near
+        t, gy, gx = (near(gy, y, h)[:, :, None] & near(gx, x, w)[:, None]).nonzero().unbind(1)
+        s = 2 * as_rows(raw, na)[image[t], :, gy, gx, :5 * nh].float().sigmoid().unflatten(2, (nh, 5))[..., :4]
+        box = torch.cat([s[..., :2] - .5, s[..., 2:].square() * (anchors / stride)[:, None]], -1)
+        due = torch.stack([x[t, 0] - gx, y[t, 0] - gy, w[t, 0], h[t, 0]], 1)[:, None, None]
+        high, low = (f(box[..., :2] + k * box[..., 2:], due[..., :2] + k * due[..., 2:])
+                     for f, k in ((torch.minimum, .5), (torch.maximum, -.5)))
+        inside = (high - low).clamp(min=0).prod(-1)
+        iou = inside / (box[..., 2:].prod(-1) + due[..., 2:].prod(-1) - inside).clamp(min=1e-9)
+        hit = (iou > limit) & (loss.head_of[cls[t], None, None] != torch.arange(nh, device=raw.device))
+        count = iou.new_zeros(B * H * W, na * nh).index_add_(0, (image[t] * H + gy) * W + gx, hit.flatten(1).to(iou))
+        out.append((count > 0).view(B, H, W, na, nh).permute(0, 4, 1, 2, 3))
+    return out
+
+# %% ../nbs/10_loss.ipynb #d927835e
+def _presence(loss, obj, logits, quality, head, m, over=None):
+    "Objectness price by level and head, (L, nh), unweighted; where a head is `over` another's object it pays nothing."
     (n, nh), counts = logits.shape, [o[:, 0].numel() for o in obj]            # cells and anchors of each level
     start = m.cell.new_tensor([0, *counts[:-1]]).cumsum(0)
     key = m.cell + start[m.level]
@@ -218,12 +242,16 @@ def _presence(loss, obj, logits, quality, head, m):
     owner = _last(last * nh + head, n * nh).view(n, nh)                   # there, the last match of each head, or -1
     mine = owner >= 0
     target = torch.where(mine, F.pad(quality, (0, 1))[owner], 0.)         # -1 reads the padding
-    if loss.others == "background": pay = mine.any(1, keepdim=True).expand(n, nh)
-    else: pay = mine if loss.reduce == "head" else F.one_hot(head, nh) * mine
+    if loss.others == "ignore": pay = mine if loss.reduce == "head" else F.one_hot(head, nh) * mine
+    else: pay = mine.any(1, keepdim=True).expand(n, nh)
+    if over is not None: pay = pay & (mine | ~torch.cat([o.transpose(1, 4)[at] for o, at in zip(over, m.places())]))
     empty, share = (1., pay) if loss.reduce == "head" else (1 / nh, pay / pay.sum(1, keepdim=True).clamp(min=1))
-    full = share * loss.cost(logits, target, loss.obj_pw)
-    levels = zip(obj, full.split(m.sizes), counts)
-    return torch.stack([(empty * loss.cost(o).sum((0, 2, 3, 4)) + f.sum(0)) / k for o, f, k in levels])
+    if over is None: calm = [empty * loss.cost(o).sum((0, 2, 3, 4)) for o in obj]
+    else:
+        calm = [~o if loss.reduce == "head" else ~o / (~o).sum(1, keepdim=True).clamp(min=1) for o in over]
+        calm = [(loss.cost(o) * w).sum((0, 2, 3, 4)) for o, w in zip(obj, calm)]
+    full = (share * loss.cost(logits, target, loss.obj_pw)).split(m.sizes)
+    return torch.stack([(c + f.sum(0)) / k for c, f, k in zip(calm, full, counts)])
 
 # %% ../nbs/10_loss.ipynb #3aa0bf7d
 def _fits(raws, na, nh, nc):
@@ -238,22 +266,34 @@ def _named(total, terms, B):
     for h, column in enumerate(terms.detach().T): out |= zip((f"h{h}/{k}" for k in parts), column)
     return out
 
+_OPTIONS = dict(reduce=("trunk", "head"), others=("background", "ignore", "ignore_iou"), negatives=("all", "head"),
+                single=("train", "skip"), assign=("plain", "ota"))
+
+def _match(loss, raws, targets):
+    "Who answers for what."
+    how = loss.anchors, loss.strides, loss.anchor_t
+    if loss.assign == "plain": return match_anchors(targets, [r.shape[2:] for r in raws], *how)
+    return match_ota(raws, targets, *how, loss.head_of, loss.negatives, loss.merge)
+
+def _cost(loss, logit, target=None, pos_weight=1.):
+    if loss.gamma: return focal(logit, target, loss.gamma, loss.alpha, pos_weight)
+    return bce(logit, target, pos_weight)
+
 def _rebalance(balance, levels, strides):
     balance = .9999 * balance + .0001 / levels
     return balance / balance[strides.index(16)]
 
 # %% ../nbs/10_loss.ipynb #bd1fc7ed
-_OPTIONS = dict(reduce=("trunk", "head"), others=("background", "ignore"), negatives=("all", "head"),
-                single=("train", "skip"))
-
 class RoutedLoss(nn.Module):
     """The detection loss of any number of heads; one head gives the plain loss.
 
     `partition` has `head_of` (nc,), `nh` and `weights` (nh,); `anchors` (L, A, 2) are px, `strides` px a cell.
     `reduce`, `others`, `negatives`, `single` are the routing options (`single="skip"`: a one-class head pays for no
-    class); `label_smoothing` 0..1; `focal` is gamma, 0 for none, `alpha` its factor; `cls_pw`, `obj_pw` weigh *yes*;
-    `gr` is the share of CIoU in the objectness target; `balance` (L,) weighs the levels' objectness, and with
-    `autobalance` follows them, relative to stride 16.
+    class; `others="ignore_iou"`: a head pays nothing where its box overlaps another head's object by more than half);
+    `assign` says who answers, by `match_anchors` or `match_ota` (there `merge`); `label_smoothing` 0..1; `focal` is
+    gamma, 0 for none, `alpha` its factor; `cls_pw`, `obj_pw` weigh *yes*; `class_weights` (nc,) multiply the price of
+    every class; `gr` is the share of CIoU in the objectness target; `balance` (L,) weighs the levels' objectness, and
+    with `autobalance` follows them, relative to stride 16.
 
     Called with raw maps, a list of L Tensors (B, A * (5 nh + nc), H, W) in any memory layout and precision, and
     targets (M, 6), it returns a dict of float32 scalars: `loss`, times the batch size, the only one with a graph;
@@ -263,36 +303,38 @@ class RoutedLoss(nn.Module):
     """
     def __init__(self, partition, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5,
                  balance=(4., 1., .4), reduce="trunk", others="background", negatives="all", single="train",
-                 label_smoothing=0., focal=0., alpha=.25, cls_pw=1., obj_pw=1., anchor_t=4., gr=1., autobalance=False):
+                 assign="plain", merge=True, label_smoothing=0., focal=0., alpha=.25, cls_pw=1., obj_pw=1.,
+                 class_weights=None, anchor_t=4., gr=1., autobalance=False):
         super().__init__()
-        for key, value in dict(reduce=reduce, others=others, negatives=negatives, single=single).items():
+        chosen = dict(reduce=reduce, others=others, negatives=negatives, single=single, assign=assign)
+        for key, value in chosen.items():
             if value not in _OPTIONS[key]: raise ValueError(f"{key}: '{value}' is none of {', '.join(_OPTIONS[key])}")
             setattr(self, key, value)
         self.nh, self.nc, self.strides = partition.nh, len(partition.head_of), tuple(strides)
         self.smooth, self.gamma, self.alpha, self.cls_pw, self.obj_pw = label_smoothing, focal, alpha, cls_pw, obj_pw
-        self.anchor_t, self.gr, self.autobalance = anchor_t, gr, autobalance
+        self.anchor_t, self.gr, self.autobalance, self.merge = anchor_t, gr, autobalance, merge
         gains = box_gain, obj_gain, cls_gain
-        numbers = dict(weights=partition.weights, anchors=anchors, balance=balance, gains=gains)
+        numbers = dict(weights=partition.weights, anchors=anchors, balance=balance, gains=gains,
+                       class_weights=[] if class_weights is None else class_weights)
         tensors = {k: torch.tensor(np.array(v, np.float32)) for k, v in numbers.items()}
         for key, value in (tensors | dict(head_of=torch.tensor(np.array(partition.head_of)))).items():
             self.register_buffer(key, value, persistent=False)
 
-    def cost(self, logit, target=None, pos_weight=1.):
-        if self.gamma: return focal(logit, target, self.gamma, self.alpha, pos_weight)
-        return bce(logit, target, pos_weight)
+    match, cost = _match, _cost
 
     def forward(self, raws, targets):
         if self.gains.device != raws[0].device: self.to(raws[0].device)
         na, nh = self.anchors.shape[1], self.nh
         _fits(raws, na, nh, self.nc)
-        targets, shapes = targets.to(raws[0].device), [r.shape[2:] for r in raws]
-        m = match_anchors(targets, shapes, self.anchors, self.strides, self.anchor_t)
+        targets = targets.to(raws[0].device)
+        m = self.match(raws, targets)
         rows, *obj = _Take.apply(-torch.inf, m, na, nh, *raws)
         boxes, logits = rows[:, :5 * nh].unflatten(1, (nh, 5)), rows[:, 5 * nh:].contiguous()
         head = self.head_of[m.cls]
         miss = box_loss(boxes[torch.arange(len(head), device=head.device), head, :4], m.anch, m.tbox)
         quality = 1 - self.gr + self.gr * (1 - miss.detach()).clamp(min=0)
-        levels = _presence(self, obj, boxes[..., 4], quality, head, m)
+        over = _crossed(raws, targets, self) if self.others == "ignore_iou" and nh > 1 else None
+        levels = _presence(self, obj, boxes[..., 4], quality, head, m, over)
         own = F.one_hot(head, nh)
         n = torch.stack([o.sum(0) for o in own.split(m.sizes)])                                 # (L, nh) positives
         mean = own / (n if self.reduce == "head" else n.sum(1, keepdim=True)).clamp(min=1)[m.level]
