@@ -160,7 +160,7 @@ def _given(m, target, targets, shapes):
 
 # %% ../nbs/09_assign.ipynb #98c6a5aa
 @torch.no_grad()
-def match_ota(raws, targets, anchors, strides, anchor_t=4., head_of=None, negatives="all", merge=True):
+def match_ota(raws, targets, anchors, strides, anchor_t=4., head_of=None, negatives="all", merge=True, spread=None):
     """Predictions that answer for each target, by what they say: dynamic-k assignment, all groups in one call.
 
     Parameters
@@ -177,6 +177,8 @@ def match_ota(raws, targets, anchors, strides, anchor_t=4., head_of=None, negati
         Classes that count in the price: all, or those of the target's head.
     merge : bool
         A prediction proposed by several targets is one candidate. False keeps it several times, as the reference does.
+    spread : int Tensor (5 nh + nc,), optional
+        As `spread_rows`, for maps with shared boxes.
 
     Returns
     -------
@@ -197,9 +199,9 @@ def match_ota(raws, targets, anchors, strides, anchor_t=4., head_of=None, negati
     if not len(m.level): return m
     if head_of is None: head_of = m.cls.new_zeros(channels // na - 5)
     nc, n = len(head_of), len(m.level)
-    nh, head = (channels // na - nc) // 5, head_of[m.cls]
     rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, m.places())])
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = (rows if spread is None else rows[:, spread]).to(torch.promote_types(rows.dtype, torch.float32))
+    nh, head = (rows.shape[1] - nc) // 5, head_of[m.cls]
     box, no, yes = _costs(m, rows, head_of, strides, negatives)
     off = _again(m, head, [B * h * w * na for h, w in shapes], nh) if merge else None
     group, own = m.image * nh + head, targets[:, 0].long() * nh + head_of[cls := targets[:, 1].long()]

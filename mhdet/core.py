@@ -56,6 +56,7 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     width: float = .25
     heads: str | None = None
     implicit: bool = False
+    adapter: Literal["none", "bottleneck", "cbam"] = "none"
     norm_layer: Literal["bn", "gn"] = "bn"
     weights: str | None = None
     transfer: Literal["exact", "intersect", "none"] = "exact"
@@ -92,6 +93,7 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     assign: Literal["plain", "ota"] = "plain"
     anchor_t: float = 4.
     others: Literal["background", "ignore", "ignore_iou"] = "ignore"
+    boxes: Literal["head", "shared"] = "head"
     negatives: Literal["head", "all"] = "all"
     reduce: Literal["head", "trunk"] = "trunk"
     single: Literal["train", "skip"] = "train"

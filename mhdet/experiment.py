@@ -60,6 +60,11 @@ def find_run(ref, root="runs"):
         raise FileNotFoundError(f"{ref}: no state '{state.name}' in {folder}; there is {', '.join(there) or 'none'}")
     return folder, state
 
+def _fresh(cfg, partition):
+    "The untrained detector that a config describes."
+    n = cfg.net
+    return Detector.make(partition, n.width, n.implicit, n.norm_layer, cfg.train.boxes, n.adapter)
+
 def load_run(ref, root="runs"):
     """The detector of a run, with its averaged weights, ready to answer.
 
@@ -85,7 +90,7 @@ def load_run(ref, root="runs"):
     """
     folder, state = find_run(ref, root)
     cfg, partition = load_cfg(folder / "config.yaml"), load_heads(folder / "heads.yaml")
-    model = Detector.make(partition, cfg.net.width, cfg.net.implicit, cfg.net.norm_layer)
+    model = _fresh(cfg, partition)
     tree, _ = load(state)
     model.load_state_dict(tree.get("ema", tree["model"]))
     return model.eval(), cfg
@@ -117,7 +122,7 @@ def build(cfg, names, root="runs"):
     """
     partition = load_heads(cfg.net.heads, names) if cfg.net.heads else Partition.single(names)
     set_seed(cfg.train.seed)
-    model = Detector.make(partition, cfg.net.width, cfg.net.implicit, cfg.net.norm_layer)
+    model = _fresh(cfg, partition)
     if not cfg.net.weights or cfg.net.transfer == "none": return model
     try: old = load_run(cfg.net.weights, root)[0]
     except FileNotFoundError:
@@ -129,7 +134,8 @@ def build(cfg, names, root="runs"):
     if old.trunk.channels != model.trunk.channels:
         raise ValueError(f"{cfg.net.weights}: its maps have {old.trunk.channels} channels, "
                          f"width={cfg.net.width} gives {model.trunk.channels}")
-    return old if old.head.partition == partition else split_heads(old, partition)
+    same = (old.head.partition, old.head.boxes, old.head.adapter) == (partition, cfg.train.boxes, cfg.net.adapter)
+    return old if same else split_heads(old, partition, cfg.train.boxes, cfg.net.adapter)
 
 def make_loss(cfg, model):
     """The loss a config describes; gains are scaled from the recipe's 640 px and 80 classes to what is trained.
@@ -154,7 +160,7 @@ def make_loss(cfg, model):
     """
     t, head = cfg.train, model.head
     gains = scale_gains(cfg.data.imgsz, head.nc, len(head.strides), t.box_gain, t.obj_gain, t.cls_gain)
-    same = ("assign", "reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
+    same = ("assign", "boxes", "reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
     options = gains | {k: getattr(t, k) for k in same}
     return RoutedLoss(head.partition, head.anchors.tolist(), head.strides, **options)
 

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 from .assign import match_anchors, match_ota
 from .boxes import ciou
-from .heads import ANCHORS, STRIDES, as_rows
+from .heads import ANCHORS, STRIDES, as_rows, spread_rows
 
 # %% ../nbs/10_loss.ipynb #534c9ef2
 def bce(logit, target=None, pos_weight=1.):
@@ -163,16 +163,17 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
     return dict(loss=(box + obj + cls) * len(raws[0]), box=box, obj=obj, cls=cls)
 
 # %% ../nbs/10_loss.ipynb #06c5b972
-def _objectness(raw, na, nh): return as_rows(raw, na)[..., 4:5 * nh:5].transpose(1, 4)           # (B, nh, H, W, A)
+def _objectness(raw, na, rows): return as_rows(raw, na)[..., rows].transpose(1, 4)               # (B, nh, H, W, A)
 
 class _Take(Function):
     "Raw maps -> rows of the positives (n, R), and by level objectness (B, nh, H, W, A), `fill` at positives."
     @staticmethod
-    def forward(ctx, fill, m, na, nh, *raws):
-        ctx.args, ctx.like, ctx.device = (m, na, nh), [torch.empty_like(r, device="meta") for r in raws], raws[0].device
+    def forward(ctx, fill, m, na, where, *raws):
+        ctx.args, ctx.device = (m, na, where), raws[0].device
+        ctx.like = [torch.empty_like(r, device="meta") for r in raws]
         rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, m.places())])
         fresh = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
-        obj = [_objectness(r, na, nh).to(**fresh) for r in raws]
+        obj = [_objectness(r, na, where).to(**fresh) for r in raws]
         for o, at in zip(obj, m.places()): o.transpose(1, 4)[at] = fill
         return rows.float(), *obj
 
@@ -183,11 +184,11 @@ class _Put(Function):
     "The transpose of `_Take`: one zero map a level, in the layout of the raw map, with objectness and rows put in."
     @staticmethod
     def forward(ctx, args, like, device, rows, *obj):
-        ctx.args, (m, na, nh) = args, args
+        ctx.args, (m, na, where) = args, args
         out = [torch.zeros_like(x, device=device) for x in like]
         for raw, o, r, at in zip(out, obj, rows.split(m.sizes), m.places()):
-            _objectness(raw, na, nh).copy_(o)
-            as_rows(raw, na)[..., 4:5 * nh:5][at] = 0
+            _objectness(raw, na, where).copy_(o)
+            as_rows(raw, na)[..., where][at] = 0
             as_rows(raw, na).index_put_(at, r.to(raw.dtype), accumulate=True)
         return tuple(out)
 
@@ -220,7 +221,8 @@ def _crossed(raws, targets, loss, limit=.5):
         gx, gy = (torch.arange(k, device=raw.device) for k in (W, H))            # a box over half of it has its centre
         near = lambda g, c, s: (g > c - s / 2 - 1.5) & (g < c + s / 2 + .5)      # inside, so the cell is near
         t, gy, gx = (near(gy, y, h)[:, :, None] & near(gx, x, w)[:, None]).nonzero().unbind(1)
-        s = 2 * as_rows(raw, na)[image[t], :, gy, gx, :5 * nh].float().sigmoid().unflatten(2, (nh, 5))[..., :4]
+        s = as_rows(raw, na)[image[t], :, gy, gx][..., loss.spread[:5 * nh]]
+        s = 2 * s.float().sigmoid().unflatten(2, (nh, 5))[..., :4]
         box = torch.cat([s[..., :2] - .5, s[..., 2:].square() * (anchors / stride)[:, None]], -1)
         due = torch.stack([x[t, 0] - gx, y[t, 0] - gy, w[t, 0], h[t, 0]], 1)[:, None, None]
         high, low = (f(box[..., :2] + k * box[..., 2:], due[..., :2] + k * due[..., 2:])
@@ -254,11 +256,12 @@ def _presence(loss, obj, logits, quality, head, m, over=None):
     return torch.stack([(c + f.sum(0)) / k for c, f, k in zip(calm, full, counts)])
 
 # %% ../nbs/10_loss.ipynb #3aa0bf7d
-def _fits(raws, na, nh, nc):
-    due = na * (5 * nh + nc)
+def _fits(raws, na, nh, nc, boxes):
+    due = na * ((5 * nh if boxes == "head" else 4 + nh) + nc)
     for i, c in enumerate(r.shape[1] for r in raws):
         if c == due: continue
-        raise ValueError(f"level {i}: {c} channels, due are {due} = {na} anchors x (5 x {nh} heads + {nc} classes)")
+        each = f"5 x {nh} heads" if boxes == "head" else f"4 + {nh} heads"
+        raise ValueError(f"level {i}: {c} channels, due are {due} = {na} anchors x ({each} + {nc} classes)")
 
 def _named(total, terms, B):
     parts, out = ("box", "obj", "cls"), dict(loss=total.sum() * B)
@@ -267,13 +270,19 @@ def _named(total, terms, B):
     return out
 
 _OPTIONS = dict(reduce=("trunk", "head"), others=("background", "ignore", "ignore_iou"), negatives=("all", "head"),
-                single=("train", "skip"), assign=("plain", "ota"))
+                single=("train", "skip"), assign=("plain", "ota"), boxes=("head", "shared"))
+
+def _choose(loss, **chosen):
+    for key, value in chosen.items():
+        if value not in _OPTIONS[key]: raise ValueError(f"{key}: '{value}' is none of {', '.join(_OPTIONS[key])}")
+        setattr(loss, key, value)
 
 def _match(loss, raws, targets):
     "Who answers for what."
     how = loss.anchors, loss.strides, loss.anchor_t
     if loss.assign == "plain": return match_anchors(targets, [r.shape[2:] for r in raws], *how)
-    return match_ota(raws, targets, *how, loss.head_of, loss.negatives, loss.merge)
+    return match_ota(raws, targets, *how, loss.head_of, loss.negatives, loss.merge,
+                     None if loss.boxes == "head" else loss.spread)
 
 def _cost(loss, logit, target=None, pos_weight=1.):
     if loss.gamma: return focal(logit, target, loss.gamma, loss.alpha, pos_weight)
@@ -290,10 +299,10 @@ class RoutedLoss(nn.Module):
     `partition` has `head_of` (nc,), `nh` and `weights` (nh,); `anchors` (L, A, 2) are px, `strides` px a cell.
     `reduce`, `others`, `negatives`, `single` are the routing options (`single="skip"`: a one-class head pays for no
     class; `others="ignore_iou"`: a head pays nothing where its box overlaps another head's object by more than half);
-    `assign` says who answers, by `match_anchors` or `match_ota` (there `merge`); `label_smoothing` 0..1; `focal` is
-    gamma, 0 for none, `alpha` its factor; `cls_pw`, `obj_pw` weigh *yes*; `class_weights` (nc,) multiply the price of
-    every class; `gr` is the share of CIoU in the objectness target; `balance` (L,) weighs the levels' objectness, and
-    with `autobalance` follows them, relative to stride 16.
+    `boxes` as in `MultiHead`; `assign` says who answers, `match_anchors` or `match_ota` (there `merge`);
+    `label_smoothing` 0..1; `focal` is gamma, 0 for none, `alpha` its factor; `cls_pw`, `obj_pw` weigh *yes*;
+    `class_weights` (nc,) multiply the price of every class; `gr` is the share of CIoU in the objectness target;
+    `balance` (L,) weighs the levels' objectness, and with `autobalance` follows them, relative to stride 16.
 
     Called with raw maps, a list of L Tensors (B, A * (5 nh + nc), H, W) in any memory layout and precision, and
     targets (M, 6), it returns a dict of float32 scalars: `loss`, times the batch size, the only one with a graph;
@@ -303,13 +312,10 @@ class RoutedLoss(nn.Module):
     """
     def __init__(self, partition, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5,
                  balance=(4., 1., .4), reduce="trunk", others="background", negatives="all", single="train",
-                 assign="plain", merge=True, label_smoothing=0., focal=0., alpha=.25, cls_pw=1., obj_pw=1.,
-                 class_weights=None, anchor_t=4., gr=1., autobalance=False):
+                 boxes="head", assign="plain", merge=True, label_smoothing=0., focal=0., alpha=.25, cls_pw=1.,
+                 obj_pw=1., class_weights=None, anchor_t=4., gr=1., autobalance=False):
         super().__init__()
-        chosen = dict(reduce=reduce, others=others, negatives=negatives, single=single, assign=assign)
-        for key, value in chosen.items():
-            if value not in _OPTIONS[key]: raise ValueError(f"{key}: '{value}' is none of {', '.join(_OPTIONS[key])}")
-            setattr(self, key, value)
+        _choose(self, reduce=reduce, others=others, negatives=negatives, single=single, assign=assign, boxes=boxes)
         self.nh, self.nc, self.strides = partition.nh, len(partition.head_of), tuple(strides)
         self.smooth, self.gamma, self.alpha, self.cls_pw, self.obj_pw = label_smoothing, focal, alpha, cls_pw, obj_pw
         self.anchor_t, self.gr, self.autobalance, self.merge = anchor_t, gr, autobalance, merge
@@ -317,7 +323,8 @@ class RoutedLoss(nn.Module):
         numbers = dict(weights=partition.weights, anchors=anchors, balance=balance, gains=gains,
                        class_weights=[] if class_weights is None else class_weights)
         tensors = {k: torch.tensor(np.array(v, np.float32)) for k, v in numbers.items()}
-        for key, value in (tensors | dict(head_of=torch.tensor(np.array(partition.head_of)))).items():
+        ids = dict(head_of=partition.head_of, spread=spread_rows(self.nh, self.nc, boxes))
+        for key, value in (tensors | {k: torch.tensor(np.array(v)) for k, v in ids.items()}).items():
             self.register_buffer(key, value, persistent=False)
 
     match, cost = _match, _cost
@@ -325,10 +332,12 @@ class RoutedLoss(nn.Module):
     def forward(self, raws, targets):
         if self.gains.device != raws[0].device: self.to(raws[0].device)
         na, nh = self.anchors.shape[1], self.nh
-        _fits(raws, na, nh, self.nc)
+        _fits(raws, na, nh, self.nc, self.boxes)
         targets = targets.to(raws[0].device)
         m = self.match(raws, targets)
-        rows, *obj = _Take.apply(-torch.inf, m, na, nh, *raws)
+        where = slice(4, 5 * nh, 5) if self.boxes == "head" else slice(4, 4 + nh)
+        rows, *obj = _Take.apply(-torch.inf, m, na, where, *raws)
+        if self.boxes == "shared": rows = rows[:, self.spread]
         boxes, logits = rows[:, :5 * nh].unflatten(1, (nh, 5)), rows[:, 5 * nh:].contiguous()
         head = self.head_of[m.cls]
         miss = box_loss(boxes[torch.arange(len(head), device=head.device), head, :4], m.anch, m.tbox)
