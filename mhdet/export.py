@@ -18,9 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .boxes import to_cxcywh
-from .data import DetDataset, toy_dataset
+from .data import DetDataset, collate, toy_dataset
 from .experiment import predict
-from .heads import Detector, MultiHead, _head_rows, as_rows, decode, load_foreign, to_foreign
+from .heads import Detector, MultiHead, _head_rows, as_rows, decode, detect, load_foreign, to_foreign
 from .learner import Learner, make_accelerator, to_unit
 from .loss import RoutedLoss, naive_loss
 from .metrics import evaluate
@@ -325,6 +325,16 @@ def _decode_sides(batch, imgsz, device):
         return torch.no_grad()(lambda: decode(head(maps), head))
     return dict(one=side(ONE), four=side(FOUR))
 
+def _nms_sides(batch, imgsz, device):
+    "Suppression alone, one head and four, on answers that are all candidates."
+    def side(classes):
+        partition = _partition(classes)
+        head = MultiHead(partition, (8, 8, 8)).to(device)
+        raws = _maps([3 * head.rows] * 3, batch, imgsz, device)
+        found = decode([r - 6 for r in raws], head)
+        return lambda: detect(*found, head.head_of)
+    return dict(one=side(ONE), four=side(FOUR))
+
 def _loss_sides(batch, imgsz, boxes, device):
     "The loss in its naive form, in ours, with four heads, by OTA: forward, and forward and backward."
     targets, forward, both = _objects(batch, boxes, device), {}, {}
@@ -343,13 +353,15 @@ def _trained(width, device):
     return model, RoutedLoss(model.head.partition).to(device), torch.optim.SGD(model.parameters(), lr=0., momentum=.9)
 
 def _step_sides(width, batch, imgsz, device):
-    "Forward, loss (with its gradient), backward and update: called in turn they are training steps."
+    "Loading, forward, loss (with its gradient), backward and update: called in turn they are training steps."
     (model, loss, optimizer), kept = _trained(width, device), {}
     images, targets = draw_pictures(batch, imgsz, 0).to(device), _objects(batch, 7, device)
     def price():
         cut = [r.detach().requires_grad_() for r in kept["raws"]]
         kept["grads"] = torch.autograd.grad(loss(cut, targets)["loss"], cut)
-    return dict(forward=lambda: kept.update(raws=model(to_unit(images))), loss=price,
+    data = DetDataset(toy_dataset(batch, size=imgsz), imgsz)
+    return dict(load=lambda: collate([data[i] for i in range(batch)]),
+                forward=lambda: kept.update(raws=model(to_unit(images))), loss=price,
                 backward=lambda: torch.autograd.backward(kept["raws"], kept["grads"]),
                 update=lambda: (optimizer.step(), optimizer.zero_grad()))
 
@@ -378,8 +390,8 @@ LIMITS = {"plain_to_naive": .8, "plain_fb_to_naive": .6, "routed4_fb_to_plain_fb
           "ota4_to_ota1": 1.5, "decode_time_4to1": 1.2, "decode_memory_4to1": 1.25, "loss_share_of_step": None,
           "trainer_overhead": None, "step_images_per_s": None, "eval_images_per_s": 60}
 LIMITS_25 = LIMITS | {"ota_to_naive_plain": 3.}
-FULL = dict(decode=32, loss=64, step=16, width=.25, trainer=8, pictures=600, calls=15)
-QUICK = dict(decode=4, loss=8, step=4, width=.125, trainer=2, pictures=32, calls=3)
+FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=8, pictures=600, calls=15)
+QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=2, pictures=32, calls=3)
 
 def bench(device="cpu", quick=False, imgsz=320):
     """Speed and memory, as ratios of things called in turn in one run.
@@ -412,7 +424,7 @@ def bench(device="cpu", quick=False, imgsz=320):
     cuda, heads = place.type == "cuda", _decode_sides(n["decode"], imgsz, place)
     peak = {k: _peak(f) for k, f in heads.items()}
     (loss, loss_fb), (loss_25, loss_fb_25) = (_loss_sides(n["loss"], imgsz, boxes, place) for boxes in (7, 25))
-    parts = dict(decode=heads, loss=loss, loss_fb=loss_fb, loss_25=loss_25, loss_fb_25=loss_fb_25,
+    parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb, loss_25=loss_25, loss_fb_25=loss_fb_25,
                  step=_step_sides(n["width"], n["step"], imgsz, place),
                  trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place))
     s = {k: _in_turn(sides, 3 if k == "eval" else n["calls"], cuda) for k, sides in parts.items()}
