@@ -424,8 +424,8 @@ def bench(device="cpu", quick=False, imgsz=320):
     cuda, heads = place.type == "cuda", _decode_sides(n["decode"], imgsz, place)
     peak = {k: _peak(f) for k, f in heads.items()}
     (loss, loss_fb), (loss_25, loss_fb_25) = (_loss_sides(n["loss"], imgsz, boxes, place) for boxes in (7, 25))
-    parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb, loss_25=loss_25, loss_fb_25=loss_fb_25,
-                 step=_step_sides(n["width"], n["step"], imgsz, place),
+    parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb,
+                 loss_25=loss_25, loss_fb_25=loss_fb_25, step=_step_sides(n["width"], n["step"], imgsz, place),
                  trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place))
     s = {k: _in_turn(sides, 3 if k == "eval" else n["calls"], cuda) for k, sides in parts.items()}
     step = sum(s["step"].values())
