@@ -7,7 +7,7 @@ __all__ = ['NOT_JUDGED', 'KINDS', 'ONE', 'FOUR', 'LIMITS', 'LIMITS_25', 'FULL', 
            'bench', 'bench_table']
 
 # %% ../nbs/20_export.ipynb #2436b506
-import json, math, time, weakref
+import itertools, json, math, time, weakref
 from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
@@ -275,12 +275,18 @@ def check(folder):
 
 # %% ../nbs/20_export.ipynb #cae9ec90
 def _in_turn(sides, calls, cuda=False):
-    "Seconds of each call of every side, {name: (calls,)}; a first round is not counted."
-    wait, rounds = torch.cuda.synchronize if cuda else lambda: None, []
+    "Seconds of each call of every side, {name: (calls,)}, on CUDA between events; a first round is not counted."
+    def mark():
+        if not cuda: return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    rounds = []
     for _ in range(calls + 1):
-        marks = [time.perf_counter()]
-        for f in sides.values(): f(), wait(), marks.append(time.perf_counter())
-        rounds.append(np.diff(marks))
+        marks = [mark()]
+        for f in sides.values(): f(), marks.append(mark())
+        if cuda: torch.cuda.synchronize()
+        rounds.append([a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)])
     return dict(zip(sides, np.array(rounds[1:]).T))
 
 class _Alive(TorchDispatchMode):
