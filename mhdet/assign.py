@@ -143,7 +143,9 @@ def _again(m, head, counts, nh):
     "Whether a candidate (n,) is one more proposal of the same prediction to the same head."
     key = (m.cell.new_tensor([0, *counts[:-1]]).cumsum(0)[m.level] + m.cell) * nh + head
     key, order = key.sort(stable=True)
-    return torch.zeros_like(key, dtype=torch.bool).index_fill_(0, order[1:][key[1:] == key[:-1]], True)
+    again = torch.zeros_like(key, dtype=torch.bool)
+    again[order[1:]] = key[1:] == key[:-1]
+    return again
 
 def _given(m, target, targets, shapes):
     "The matches that got a target (n,), -1 being none: with its class, and its box as seen from their cells."

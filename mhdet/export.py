@@ -430,6 +430,7 @@ def bench(device="cpu", quick=False, imgsz=320):
     cuda, heads = place.type == "cuda", _decode_sides(n["decode"], imgsz, place)
     peak = {k: _peak(f) for k, f in heads.items()}
     (loss, loss_fb), (loss_25, loss_fb_25) = (_loss_sides(n["loss"], imgsz, boxes, place) for boxes in (7, 25))
+    peak |= {f"loss/{k}": _peak(f) for k, f in loss.items()} | {f"loss_25/{k}": _peak(f) for k, f in loss_25.items()}
     parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb,
                  loss_25=loss_25, loss_fb_25=loss_fb_25, step=_step_sides(n["width"], n["step"], imgsz, place),
                  trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place))
