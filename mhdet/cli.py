@@ -309,7 +309,7 @@ def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.joi
                k: int = _opt(None, "Confused pairs to part; as many as classes."),
                threshold: float = _opt(None, "Confused pairs to part: at least this share."),
                share: float = _opt(None, "A class with more of the boxes stands alone; 1 / heads."),
-               imbalance: float = _opt(None, "optimal: most boxes of a head over fewest; the greedy answer's."),
+               imbalance: float = _opt(None, "optimal: most boxes of a head over fewest; as greedy, or 1.05."),
                class_imbalance: float = _opt(None, "optimal: the same for classes."),
                alpha: float = _opt(.5, "hybrid: weight of shape against company."),
                time_limit: float = _opt(60., "optimal: seconds."),
@@ -319,7 +319,7 @@ def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.joi
                out: str = _opt(None, "Head file to write.")):
     "Which classes share a head: a head file and its card."
     from mhdet.partition import Pairs, balanced, card, card_text, confused_pairs, read_pairs, save_heads
-    strategy = strategy.replace("-", "_")
+    strategy = strategy.replace("-", "_").replace("random_heads", "random")
     if names and confusion: raise ValueError(f"either a RUN or --confusion is due, got {names[0]} and {confusion}")
     if weights not in ("equal", "balanced"): raise ValueError(f"--weights: '{weights}' is none of equal, balanced")
     _need(strategy, confusion or names, pairs, chosen.get("data"), counts)

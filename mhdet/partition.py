@@ -808,7 +808,7 @@ def optimal(names, counts, heads=4, confusion=None, pairs=(), solo=(), join=(), 
         Also solo: classes with more than this share of the boxes.
     imbalance : float, optional
         The most boxes of a head over the fewest, solo heads apart, 1 or more; given a confusion matrix, that of the
-        greedy answer by default.
+        greedy answer by default, or 1.05 if that is tighter.
     class_imbalance : float, optional
         The same for classes.
     time_limit : float
@@ -844,10 +844,10 @@ def optimal(names, counts, heads=4, confusion=None, pairs=(), solo=(), join=(), 
         clash = "; ".join(r.text(names) for r in _clash(rules, counts, heads))
         raise ValueError(f"no partition into {heads} heads has all of: {clash}")
     if confusion is not None and imbalance is None and (boxes := task.loads(a)[0]).min() > 0:
-        task = task._replace(limits=np.array([boxes.max() / boxes.min(), task.limits[1]]))
+        task = task._replace(limits=np.array([max(1.05, boxes.max() / boxes.min()), task.limits[1]]))
     a, value, bound = deal(task, a, until, gap, peak=confusion is None)
     whole = 1 if confusion is None else max(mass.sum() / 2, 1e-12)
-    value, bound = (fixed + value) / whole, (fixed + bound) / whole
+    value, bound = (float(fixed + v) / whole for v in (value, bound))
     limits = [f"{k} within a factor {r:.4g}" for k, r in zip(("boxes", "classes"), task.limits) if r < np.inf]
     words = ", ".join(["boxes of the largest head" if confusion is None else "confusability inside heads", *limits])
     loss = 1 - bound / value if value else 0.
