@@ -11,7 +11,7 @@ import io
 import ipywidgets as widgets
 from matplotlib.figure import Figure
 
-from .metrics import plot_confusion
+from .results import plot_confusion
 from .partition import STANDARD, anti_confusion, card, card_text, confused_pairs, geometry, hybrid, optimal
 from .partition import plot_balance, random_heads, save_heads, standard, together
 

@@ -192,7 +192,7 @@ GT, DT, SPLIT = _opt(None, "Truth, a COCO JSON."), _opt(None, "Answers, COCO res
 
 def _foreign(names, gt, dt):
     "Class names, truth, number of pictures and answers, from files; None when a run was named instead."
-    from mhdet.metrics import read_gt, read_results
+    from mhdet.results import read_gt, read_results
     if bool(gt) != bool(dt) or bool(gt) + len(names) != 1: raise ValueError("either one RUN is due, or --gt and --dt")
     if names: return None
     classes, truth, ids, cats = read_gt(gt)
@@ -243,7 +243,7 @@ def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev",
              iou: float = _opt(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
              threshold: float = _opt(None, "Only pairs with at least this share confused.")):
     "Which class is taken for which; worst pairs first."
-    from mhdet.metrics import write_confusion
+    from mhdet.results import write_confusion
     from mhdet.partition import confusability, confused_pairs
     classes, matrix, where = _seen(names, chosen, gt, dt, split, conf, iou)
     if out: write_confusion(out, matrix, classes)
@@ -259,7 +259,7 @@ STRATEGIES = "anti_confusion optimal together standard geometry hybrid random si
 def _facts(confusion, counts, chosen, seen):
     "Class names, boxes per class, confusion matrix, annotations: from what was given, COCO's names from nothing."
     import numpy as np, pandas as pd
-    from mhdet.metrics import read_confusion
+    from mhdet.results import read_confusion
     from mhdet.partition import read_counts
     names, matrix = seen or (read_confusion(confusion)[::-1] if confusion else (None, None))
     boxes, gt = None if matrix is None else matrix[:-1].sum(1), None
@@ -370,8 +370,8 @@ def _plot(names, chosen, out: str = _opt("figures", "Folder.")):
     import matplotlib.pyplot as plt, pandas as pd
     from mhdet.core import JsonLog, theme
     from mhdet.experiment import find_run, plot_runs
-    from mhdet.metrics import plot_confusion, read_confusion
     from mhdet.partition import load_heads
+    from mhdet.results import plot_confusion, read_confusion
     folders, out = {r: find_run(r, ROOT)[0] for r in names}, Path(out)
     theme()
     figures, tables = {"dynamics.png": plot_runs(folders)[0].figure}, {}
@@ -432,7 +432,7 @@ def _detect(names, chosen, out: str = _opt("detections", "Folder."), conf: float
     """
     import matplotlib.pyplot as plt
     from mhdet.core import theme
-    from mhdet.metrics import write_results
+    from mhdet.results import write_results
     paths = lambda _, classes: _pictures(names[1:], classes)
     partition, data, found = _ask(names[0], chosen, paths, conf=conf, one_label=one_label)
     out, records = Path(out), data.records

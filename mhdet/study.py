@@ -19,9 +19,10 @@ from .errors import SEED_SD, compare, plot_diffs
 from .experiment import dataset, limits, load_run, plot_runs, predict, train
 from .heads import split_heads
 from .learner import make_accelerator
-from .metrics import confusion, evaluate, plot_confusion, read_confusion, write_confusion
+from .metrics import confusion, evaluate
 from .partition import (anti_confusion, card, confused_pairs, load_heads, optimal, random_heads, save_heads,
                              together)
+from .results import plot_confusion, read_confusion, write_confusion
 
 # %% ../nbs/16_study.ipynb #4f94eb3b
 def _apart(names, matrix, counts, heads, seed):

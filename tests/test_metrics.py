@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from mhdet.errors import compare, paired_diff, weighted_ap
-from mhdet.metrics import (IOUS, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, confusion, evaluate, match_dets,
-                           pr_curve, read_gt, read_results, write_results)
+from mhdet.errors import compare, error_profile, paired_diff, permutation_test, weighted_ap
+from mhdet.metrics import (ENGINES, IOUS, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, confusion, evaluate,
+                           match_dets, pr_curve)
+from mhdet.results import read_gt, read_results, write_results
 
 NC = 3
 
@@ -85,15 +86,22 @@ def mean(values): return float(np.nanmean(values)) if not np.isnan(values).all()
 @given(st.integers(0, 10**6), st.booleans())
 def test_the_twelve_coco_figures(seed, crowded):
     gt, dt = problem(seed, extra=12 if crowded else 4, crowded=crowded)
-    fast, slow = (evaluate(gt, dt, list("abc"), 12, "coco", engine=e) for e in ("fast", "pycocotools"))
+    ours, fast, slow = (evaluate(gt, dt, list("abc"), 12, "coco", engine=e) for e in ("own", "fast", "pycocotools"))
     assert set(fast["coco"]) == {"AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge", "AR1", "AR10", "AR100",
                                  "ARsmall", "ARmedium", "ARlarge"}
-    for k, v in slow["coco"].items(): assert fast["coco"][k] == pytest.approx(v, abs=1e-9), k
-    own = ap_per_class(match_dets(gt, dt, NC, IOUS, "coco"), NC, ap_coco)
-    assert mean(own) == pytest.approx(slow["coco"]["AP"], abs=1e-9)
-    for c, k in enumerate("abc"):
-        for table in (fast["per_class"][k], {"AP50": mean(own[:1, c]), "AP": mean(own[:, c])}):
-            for what in ("AP50", "AP"): assert table[what] == pytest.approx(slow["per_class"][k][what], abs=1e-9)
+    for found in (ours, fast):
+        for k, v in slow["coco"].items(): assert found["coco"][k] == pytest.approx(v, abs=1e-9), k
+        for k, row in slow["per_class"].items(): assert found["per_class"][k] == pytest.approx(row, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_third_engine(seed, monkeypatch, capfd):
+    "hotcoco, written in Rust by others, gives the twelve figures too."
+    hotcoco = pytest.importorskip("hotcoco", reason="hotcoco has no wheel for this machine")
+    monkeypatch.setitem(ENGINES, "hotcoco", (hotcoco.COCO, hotcoco.COCOeval))
+    gt, dt = problem(seed, extra=12, crowded=seed % 4 == 0)
+    ours, third = (evaluate(gt, dt, list("abc"), 12, "coco", engine=e)["coco"] for e in ("own", "hotcoco"))
+    assert third == pytest.approx(ours, abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,6 +171,47 @@ def test_weights_are_copies(seed, metric):
     assert one == pytest.approx(truth[metric], abs=1e-12)
 
 
+def tide(gt, dt):
+    "What TIDE's own program finds: AP50, gains and counts by kind. Crowds, and what they swallow, are left out."
+    tidecv = pytest.importorskip("tidecv", reason="tidecv needs a working OpenCV", exc_type=ImportError)
+    sides = tidecv.Data("gt"), tidecv.Data("dt")
+    m = match_dets(gt, dt, NC, rule="coco")
+    swallowed = np.isin(np.arange(len(dt["score"])), m.order[m.skip[0]])
+    for i in range(12): sides[0].add_image(i, str(i))
+    xywh = lambda a, i: np.r_[a["box"][i, :2], a["box"][i, 2:] - a["box"][i, :2]]
+    place = lambda a, i: (int(a["image"][i]), int(a["label"][i]))
+    for i in np.flatnonzero(~gt["crowd"]): sides[0].add_ground_truth(*place(gt, i), xywh(gt, i))
+    for i in np.flatnonzero(~swallowed): sides[1].add_detection(*place(dt, i), float(dt["score"][i]), xywh(dt, i))
+    t = tidecv.TIDE()
+    run, name = t.evaluate(*sides, mode=tidecv.TIDE.BOX, name="run"), {"FalsePos": "FP", "FalseNeg": "FN"}
+    gains = {name.get(k, k): v / 100 for part in t.get_all_errors().values() for k, v in part["run"].items()}
+    return run.ap / 100, gains, {k.short_name: len(v) for k, v in run.error_dict.items()}
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_error_profile_is_tides(seed, monkeypatch):
+    gt, dt = problem(seed)
+    rng = np.random.default_rng(seed)
+    dt["score"] = rng.permutation(len(dt["score"])) / len(dt["score"])
+    dt["box"] = dt["box"] + rng.normal(0, .01, dt["box"].shape)
+    ap, gains, counts = tide(gt, dt)
+    # its 101 points are k / 100, COCO's a linspace: recalls such as 7/25 fall to either side
+    grid = [k / 100 for k in range(101)]
+    monkeypatch.setattr("mhdet.errors.ap_coco", lambda r, p: ap_area(np.searchsorted(grid, r, side="right") / 101, p))
+    ours = error_profile(gt, dt, NC, head_of=[0, 1, 0])
+    assert ours["AP50"] == pytest.approx(ap, abs=1e-9)
+    found = ours["errors"]
+    for k, gain in gains.items(): assert found[k]["dAP"] == pytest.approx(gain, abs=1e-9), k
+    for k, n in counts.items(): assert found[k]["n"] == n, k
+    assert found["swap"]["n"] + found["double"]["n"] == found["within"]["n"] + found["across"]["n"] == found["Cls"]["n"]
+
+
+def test_error_profile_has_cocos_ap():
+    gt, dt = problem(5)
+    truth = evaluate(gt, dt, list("abc"), 12, engine="pycocotools")["coco"]["AP50"]
+    assert error_profile(gt, dt, NC)["AP50"] == pytest.approx(truth, abs=1e-9)
+
+
 def test_files_round_trip(tmp_path):
     gt, dt = problem(3)
     ids, cats = [f"p{i}" for i in range(12)], [7, 9, 30]
@@ -180,7 +229,7 @@ def test_files_round_trip(tmp_path):
 
 
 def test_engines_print_nothing(capfd):
-    for engine in ("fast", "pycocotools"): evaluate(*problem(0), list("abc"), 12, engine=engine)
+    for engine in ENGINES: evaluate(*problem(0), list("abc"), 12, engine=engine)
     assert capfd.readouterr() == ("", "")
 
 
@@ -213,6 +262,15 @@ def test_interval_covers_zero():
         r = paired_diff(gt, a, b, 4, 100, n=400, seed=seed)
         covered.append(r["low"] <= 0 <= r["high"])
     assert .93 <= np.mean(covered) <= .97, np.mean(covered)
+
+
+def test_exchanging_answers_is_a_fair_test():
+    "Without a true difference the permutation p is below .05 in one case of twenty, and below .5 in half."
+    p = []
+    for seed in range(200):
+        gt, (a, b) = world(20_000 + seed, (.55, .55), n_images=60)
+        p.append(permutation_test(gt, a, b, 4, 60, n=199, seed=seed))
+    assert .01 <= np.mean(np.array(p) <= .05) <= .09 and .4 <= np.mean(np.array(p) <= .5) <= .6
 
 
 def test_a_known_difference_is_found_as_often_as_promised():
