@@ -267,7 +267,7 @@ def limits(cfg, **changes):
     return dict(conf=cfg.train.conf, iou=cfg.train.nms_iou, max_det=cfg.train.max_det) | changes
 
 def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), engine="pycocotools", root="runs",
-                 device="auto"):
+                 device="auto", conf=.25):
     """Figures of a run on a split; also written into its folder.
 
     Parameters
@@ -277,7 +277,7 @@ def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), 
     split : str
     data : str, optional
         Other data than the run's own.
-    metrics, engine
+    metrics, engine, conf
         As for `evaluate`.
     root : str or Path
     device : str
@@ -303,8 +303,8 @@ def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), 
     ds = dataset(cfg, records)
     dt, facts = predict(model.to(make_accelerator(device).device), ds, **limits(cfg))
     gt, names, folder = ds.records.gt, records.names, find_run(ref, root)[0]
-    out = evaluate(gt, dt, names, len(ds), metrics, records.inclusive, engine, head_of=model.head.partition.head_of,
-                   census=census(records)["per_class"])
+    out = evaluate(gt, dt, names, len(ds), metrics, records.inclusive, engine, conf, model.head.partition.head_of,
+                   census(records)["per_class"])
     write_results(folder / "detections.json", dt, ds.records.ids, records.classes.ids)
     write_confusion(folder / "confusion.csv", confusion(gt, dt, len(names), len(ds)), names)
     pd.DataFrame(out["per_class"]).T.rename_axis("name").to_csv(folder / "ap_per_class.csv")

@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .boxes import to_cxcywh
 from .data import DetDataset, collate, toy_dataset
+from .errors import paired_diff
 from .experiment import predict
 from .heads import Detector, MultiHead, _head_rows, as_rows, decode, detect, load_foreign, to_foreign
 from .learner import Learner, make_accelerator, to_unit
 from .loss import RoutedLoss, naive_loss
-from .metrics import evaluate
+from .metrics import ENGINES, evaluate
 from .partition import Head, Partition
 
 # %% ../nbs/20_export.ipynb #12d3d5f3
@@ -391,13 +392,36 @@ def _eval_side(n, device):
         return dt, evaluate(data.records.gt, dt, partition.names, n)
     return dict(all=run)
 
+# %% ../nbs/20_export.ipynb #d3973978
+def _judge_sides(n, nc=80, each=100, objects=7):
+    "The twelve figures by every engine, and 1,000 paired replicates of two like detectors, on n made-up pictures."
+    rng, names = np.random.default_rng(0), [str(c) for c in range(nc)]
+    share = (1 / np.arange(1, nc + 1)) / (1 / np.arange(1, nc + 1)).sum()                          # a long tail
+    boxes = lambda m, wh: np.c_[low := rng.random((m, 2)) * 400, low + wh]
+    sizes = lambda m: np.exp(rng.normal(4, .8, (m, 2))).clip(4, 400)
+    m, k, wh = n * objects, n * each, sizes(n * objects)
+    gt = dict(image=np.repeat(np.arange(n), objects), label=rng.choice(nc, m, p=share), box=boxes(m, wh),
+              area=wh.prod(1), ignore=np.zeros(m, bool), crowd=rng.random(m) < .01)
+    def detector():
+        image, near = np.repeat(np.arange(n), each), rng.random(k) < .6
+        of = image * objects + rng.integers(0, objects, k)
+        jitter = rng.normal(0, .1, (k, 4)) * np.tile(wh[of], 2)
+        box = np.where(near[:, None], gt["box"][of] + jitter, boxes(k, sizes(k)))
+        box[:, 2:] = np.maximum(box[:, 2:], box[:, :2] + 1)
+        label = np.where(near & (rng.random(k) < .7), gt["label"][of], rng.choice(nc, k, p=share))
+        return dict(image=image, label=label, box=box, score=rng.beta(np.where(near, 2, 1), np.where(near, 3, 5)))
+    a, b = detector(), detector()
+    figures = {e: lambda e=e: evaluate(gt, a, names, n, "coco", engine=e)["coco"] for e in ENGINES}
+    return figures | {m: lambda m=m: paired_diff(gt, a, b, nc, n, 1000, metric=m) for m in ("AP50", "AP")}
+
 # %% ../nbs/20_export.ipynb #fe61798f
 LIMITS = {"plain_to_naive": .8, "plain_fb_to_naive": .6, "routed4_fb_to_plain_fb": 1.3, "ota_to_naive_plain": 2.5,
           "ota4_to_ota1": 1.5, "decode_time_4to1": 1.2, "decode_memory_4to1": 1.25, "loss_share_of_step": None,
-          "trainer_overhead": None, "step_images_per_s": None, "eval_images_per_s": 60}
+          "trainer_overhead": None, "step_images_per_s": None, "eval_images_per_s": 60,
+          "judge_to_pycocotools": .1, "judge_to_fast": None, "bootstrap_AP50_s": 60, "bootstrap_AP_s": 480}
 LIMITS_25 = LIMITS | {"ota_to_naive_plain": 3.}
-FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=8, pictures=600, calls=15)
-QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=2, pictures=32, calls=3)
+FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=8, pictures=600, judged=5000, calls=15)
+QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=2, pictures=32, judged=60, calls=3)
 
 def bench(device="cpu", quick=False, imgsz=320):
     """Speed and memory, as ratios of things called in turn in one run.
@@ -433,14 +457,17 @@ def bench(device="cpu", quick=False, imgsz=320):
     peak |= {f"loss/{k}": _peak(f) for k, f in loss.items()} | {f"loss_25/{k}": _peak(f) for k, f in loss_25.items()}
     parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb,
                  loss_25=loss_25, loss_fb_25=loss_fb_25, step=_step_sides(n["width"], n["step"], imgsz, place),
-                 trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place))
-    s = {k: _in_turn(sides, 3 if k == "eval" else n["calls"], cuda) for k, sides in parts.items()}
+                 trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place),
+                 judge=_judge_sides(n["judged"]))
+    s = {k: _in_turn(sides, dict(eval=3, judge=1).get(k, n["calls"]), cuda) for k, sides in parts.items()}
     step = sum(s["step"].values())
     many = dict(
         decode_time_4to1=s["decode"]["four"] / s["decode"]["one"], decode_memory_4to1=peak["four"] / peak["one"],
         loss_share_of_step=s["step"]["loss"] / step, step_images_per_s=n["step"] / step,
         trainer_overhead=s["trainer"]["learner"] / s["trainer"]["bare"] - 1,
-        eval_images_per_s=n["pictures"] / s["eval"]["all"])
+        eval_images_per_s=n["pictures"] / s["eval"]["all"],
+        bootstrap_AP50_s=s["judge"]["AP50"], bootstrap_AP_s=s["judge"]["AP"],
+        **{f"judge_to_{e}": s["judge"]["own"] / s["judge"][e] for e in ("pycocotools", "fast")})
     for name, part, a, b in (
             ("plain_to_naive", "loss", "plain1", "naive"), ("plain_fb_to_naive", "loss_fb", "plain1", "naive"),
             ("routed4_fb_to_plain_fb", "loss_fb", "plain4", "plain1"),

@@ -13,9 +13,7 @@ from typing import NamedTuple
 import faster_coco_eval as fast
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from pycocotools import coco, cocoeval
-from torchvision.ops import batched_nms
 
 from .core import HEAD_COLORS
 
@@ -564,8 +562,9 @@ def _unseen(gt, dts, nc, iou):
         free[d[(overlap >= iou) | (gt["label"][g] == dt["label"][d])]] = False
         lone.append({k: v[free] for k, v in dt.items()} | {"key": (dt["image"] * nc + dt["label"])[free]})
     pool = {k: np.concatenate([d[k] for d in lone]) for k in lone[0]}
-    kept = batched_nms(*(torch.as_tensor(pool[k]) for k in ("box", "score", "key")), iou).numpy()
-    at = {k: v[kept] for k, v in pool.items()}
+    rank = np.argsort(np.argsort(-pool["score"], kind="stable"))
+    surer, other, _ = overlaps(pool["box"], pool["key"], pool["box"], pool["key"], iou)
+    at = {k: np.delete(v, other[rank[surer] < rank[other]], 0) for k, v in pool.items()}
     pairs = [overlaps(at["box"], at["key"], d["box"], d["key"], iou)[:2] for d in lone]
     who, sure = _opinions([g for _, g in pairs], [d["score"][i] for d, (i, _) in zip(lone, pairs)])
     return {k: v[who] for k, v in at.items()} | {"score": sure}

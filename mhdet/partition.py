@@ -607,7 +607,8 @@ def hybrid(names, stats, heads=4, alpha=.5, slack=None, seed=0):
     least, most = max(1, np.ceil(mean - slack)), np.floor(mean + slack)
     if least > nc // heads or most < -(-nc // heads):
         raise ValueError(f"hybrid: {nc} classes in {heads} heads cannot have sizes within {mean:.4g} +- {slack:.4g}")
-    shape = np.where(np.isnan(stats.log_ratio), np.nanmean(stats.log_ratio), stats.log_ratio)
+    known = stats.log_ratio[~np.isnan(stats.log_ratio)]
+    shape = np.where(np.isnan(stats.log_ratio), known.mean() if len(known) else 0, stats.log_ratio)
     likeness = alpha * np.exp(-2 * (shape[:, None] - shape) ** 2) + (1 - alpha) * stats.jaccard
     np.fill_diagonal(likeness, 1)
     found = _level(likeness, _spectral(likeness, heads, seed), heads, least, most)

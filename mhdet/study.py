@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import JsonLog, environment, theme
 from .data import open_data
-from .errors import SEED_SD, compare, plot_diffs
+from .errors import SEED_SD, compare, error_profile, holm, mean_profile, plot_diffs, plot_profile
 from .experiment import dataset, limits, load_run, plot_runs, predict, train
 from .heads import split_heads
 from .learner import make_accelerator
@@ -115,7 +115,7 @@ def _run(cfg, splits, folder, name, quiet):
     if stopped: raise InterruptedError(f"{stopped}; go on with --resume {folder.name}")
     return run
 
-COMPARED = ("delta", "low", "high", "p", "mde", "verdict", "seeds_needed", "seeds_a", "seeds_b")
+COMPARED = ("delta", "low", "high", "p", "mde", "verdict", "seeds_needed", "seeds_a", "seeds_b", "p_pictures")
 
 def _answers(model, cfg, data):
     "Detections on a split, COCO figures, and milliseconds a picture."
@@ -130,19 +130,23 @@ def _confusion(cfg, records, bases, device):
     found = [predict(load_run(b)[0].to(device), dev, **limits(cfg, conf=conf))[0] for b in bases]
     return sum(confusion(dev.records.gt, dt, len(records.names), len(dev), conf) for dt in found)
 
-def _compare(cfg, data, bases, trained, device):
-    "Figures of the base, the split right after splitting, and every arm against the control; detections by arm."
+def _compare(cfg, data, bases, trained, device, head_of):
+    "Figures of the base, and of every arm beside the control; a claim must survive Holm's correction over the arms."
     val = dataset(cfg, data["val"])
     judge = lambda runs: [_answers(load_run(r)[0].to(device), cfg, val) for r in runs]
     mean = lambda answers: {k: float(np.mean([a[k] for _, a in answers])) for k in answers[0][1]}
     base, found, rows = judge(bases), {arm: judge(runs) for arm, runs in trained.items()}, {}
-    control = [dt for dt, _ in found["control"]]
+    control, gt, nc = [dt for dt, _ in found["control"]], val.records.gt, len(val.records.names)
     for arm, answers in found.items():
         sd = float(np.std([a["AP50"] for _, a in answers], ddof=1)) if len(answers) > 1 else None
         d = dict.fromkeys(COMPARED) if arm == "control" else compare(
-            val.records.gt, control, [dt for dt, _ in answers], len(val.records.names), len(val),
-            seed_sd=SEED_SD, paired_seeds=True)
-        rows[arm] = dict(name=arm, n=len(answers), **mean(answers), sd=sd, **{k: d[k] for k in COMPARED})
+            gt, control, [dt for dt, _ in answers], nc, len(val), seed_sd=SEED_SD, swaps=1000, paired_seeds=True)
+        errors = mean_profile([error_profile(gt, dt, nc, head_of) for dt, _ in answers])["errors"]
+        rows[arm] = dict(name=arm, n=len(answers), **mean(answers), sd=sd, **{k: d[k] for k in COMPARED}, errors=errors)
+    tested = [r for r in rows.values() if r["p"] is not None]
+    for r, p in zip(tested, holm([r["p"] for r in tested])):
+        r["p_holm"] = float(p)
+        if p >= .05 and r["verdict"] in ("better", "worse"): r["verdict"] = "undecided"
     return base, mean(base), rows
 
 # %% ../nbs/16_study.ipynb #0da27fa1
@@ -208,7 +212,8 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
         trained[arm] = [_run(same.override(seed=s, weights=str(b)), data, folder, f"{arm}-s{s}", quiet)
                         for s, b in zip(all_seeds, bases)]
     say("4/4 figures on val")
-    base, baseline, rows = _compare(cfg, data, bases, trained, device)
+    head_of = load_heads(next(iter(files.values())), names).head_of if files else None
+    base, baseline, rows = _compare(cfg, data, bases, trained, device, head_of)
     out = dict(baseline=baseline, split={}, card={}, arms=list(rows.values()), folder=str(folder))
     if files:
         partition = load_heads(next(iter(files.values())), names)
@@ -281,7 +286,7 @@ def study_table(found):
     rows = [dict(name="single head", n=found["arms"][0]["n"], **found["baseline"])]
     if found["split"]: rows.append(dict(name="split, untrained", n=1, AP50=found["split"]["AP50_after"]))
     table = pd.DataFrame(rows + found["arms"])
-    return table[["name", "n", "AP50", "AP", "voc", "params", "ms", "delta", "low", "high", "verdict"]]
+    return table[["name", "n", "AP50", "AP", "voc", "params", "ms", "delta", "low", "high", "p_holm", "verdict"]]
 
 # %% ../nbs/16_study.ipynb #91256b32
 def plot_study(folder):
@@ -325,6 +330,9 @@ def plot_study(folder):
         ax = plot_diffs(arms_, margin=.005)
         ax.set_title("AP50 against the single head trained on as long", fontsize=10)
         out["differences"] = ax.figure
+    ax = plot_profile({a["name"]: a for a in found["arms"]})
+    ax.set_title("What repairing each kind of mistake would bring")
+    out["errors"] = ax.figure
     return out
 
 # %% ../nbs/16_study.ipynb #6f7b4dad

@@ -67,6 +67,16 @@ def write(root, split, data):
 def read(root, split): return json.loads((root / f"annotations/instances_{split}.json").read_text())
 
 
+def results(path, found=.8, swap=0., seed=0):
+    "Answers that find a share of the objects of val, some by the wrong name."
+    rng = np.random.default_rng(seed)
+    rows = [dict(image_id=a["image_id"], bbox=[a["bbox"][0] + rng.normal(), *a["bbox"][1:]], score=float(rng.beta(4, 2)),
+                 category_id=a["category_id"] if rng.random() > swap else a["category_id"] % 6 + 1)
+            for a in read(Path("data"), "val")["annotations"] if rng.random() < found or path == "a.json"]
+    Path(path).write_text(json.dumps(rows))
+    return rows
+
+
 def heads(*groups, names="[a, b, c, d, e, f]"):
     listed = ", ".join(f"head_{i}: {{classes: {g}}}" for i, g in enumerate(groups))
     return f"names: {names}\nhead_assignments: {{{listed}}}"
@@ -93,7 +103,22 @@ BAD = {
     "eval base --split test": "no split 'test'",
     "eval base --data toy:16": "toy:16: its classes are not those of run base",
     "eval --gt bad.yaml --dt bad.yaml": "bad.yaml: not JSON",
-    "confuse": "either one RUN is due, or --gt and --dt",
+    "confuse": "either a RUN is due, or --gt and --dt",
+    "errors": "either a RUN is due, or --gt and --dt",
+    "errors base --gt G --dt a.json": "either a RUN is due, or --gt and --dt",
+    "errors absent": "absent: no run there",
+    "eval --gt G --dt picture.json": "picture.json: 1 of 100 entries have an unknown image_id, the first is entry 0: {'image_id': 9999",
+    "eval --gt G --dt class.json": "class.json: 1 of 100 entries have an unknown category_id",
+    "errors --gt G --dt a.json nan.json": "nan.json: 1 of 100 entries have a score that is not finite",
+    "confuse --gt G --dt negative.json": "negative.json: 1 of 100 entries have a box that is not finite or of negative size",
+    "compare --gt G --a a.json --b dict.json": "dict.json: a list of detections is due at the top, got dict",
+    "compare --gt bare.json --a a.json --b a.json": "bare.json: no annotations, so there is nothing to be found",
+    "compare --gt G --a a.json": "Missing option '--b'",
+    "compare --gt G --a a.json --b a.json a.json --paired": "seeds in pairs, but 1 and 2 of them",
+    "compare --gt G --a a.json --b a.json --fail-if bad": "--fail-if: 'bad' is none of better, worse, equivalent, undecided",
+    "compare --gt G --a a.json --b a.json --margin -1": "margin -1.0: low <= high, margin >= 0",
+    "calibrate absent": "absent: no run there",
+    "detect base data/images/val/7.jpg --calibrated": "calibration.json: no such file; mhdet calibrate base makes it",
     "partition --strategy clever": "'clever' is none of anti_confusion, optimal, together, standard, geometry, hybrid",
     "partition --strategy geometry": "geometry: --data is due",
     "partition --strategy together": "together: --confusion or a RUN is due",
@@ -127,9 +152,67 @@ def test_bad_input_is_one_line_and_code_2(here, line):
              "other.yaml": heads([0, 3, 4], [1, 2, 5], names="[a, x, c, d, e, f]"), "two.yaml": heads([0, 1, 2], [3, 4, 5]), "empty.jpg": "",
              "foes.yaml": "pairs: [[a, b], [b, c], [c, a], [d, e]]"}
     for name, text in files.items(): Path(name).write_text(text)
-    code, out, err = mhdet(line)
+    answers = results("a.json")
+    for name, change in dict(picture=dict(image_id=9999), nan=dict(score=float("nan")), negative=dict(bbox=[1, 1, -5, 5]),
+                             **{"class": dict(category_id=7)}).items():
+        Path(f"{name}.json").write_text(json.dumps([answers[0] | change] + answers[1:]))
+    Path("dict.json").write_text("{}")
+    Path("bare.json").write_text(json.dumps(read(here / "data", "val") | dict(annotations=[])))
+    code, out, err = mhdet(line.replace(" G", " data/annotations/instances_val.json"))
     assert (code, out) == (2, "") and BAD[line] in err
     assert err.startswith("mhdet: ") and err.count("\n") == 1 and "'\"" not in err
+
+
+def test_two_methods_from_files(here):
+    truth = "--gt data/annotations/instances_val.json"
+    for seed in range(3): results(f"old{seed}.json", .6, .3, seed), results(f"new{seed}.json", .8, .1, 10 + seed)
+    old, new = (" ".join(f"{k}{seed}.json" for seed in range(3)) for k in ("old", "new"))
+    found = mhdet_json(f"compare {truth} --a {old} --b {new} --out versus --fail-if worse")
+    assert (found["verdict"], found["seeds_a"], found["seeds_b"]) == ("better", 3, 3) and found["low"] > 0
+    assert {"delta", "low", "high", "p", "p_pictures", "mde", "AP", "per_class", "errors", "confusion"} <= set(found)
+    report = Path("versus/report.md").read_text()
+    assert found["sentence"] in report and all(Path("versus", f.split(")")[0]).is_file() for f in report.split("](")[1:])
+    code, out, _ = mhdet(f"compare {truth} --a {new} --b={old.split()[0]} --fail-if worse --replicates 200 --swaps 0")
+    assert code == 1 and "worse" in out
+    same = mhdet_json(f"compare {truth} --a old0.json --b old0.json --replicates 200 --swaps 0")
+    assert (same["delta"], same["verdict"]) == (0, "equivalent") and "about these files" in same["sentence"]
+    Path("two.yaml").write_text(heads([0, 1, 2], [3, 4, 5]))
+    found = mhdet_json(f"errors {truth} --dt {old} --heads two.yaml --out mistakes")
+    assert set(found["profiles"]) == {f"old{seed}.json" for seed in range(3)} and Path("mistakes/errors.png").is_file()
+    cls = found["profiles"]["old0.json"]["errors"]
+    assert cls["within"]["n"] + cls["across"]["n"] == cls["Cls"]["n"] > 0
+
+
+def test_planted_annotation_mistakes_are_suspected(here):
+    truth = read(here / "data", "val")
+    note = truth["annotations"][30]
+    Path("spoilt.json").write_text(json.dumps(truth | dict(annotations=[
+        n if n is not note else n | dict(category_id=n["category_id"] % 6 + 1) for n in truth["annotations"] if n["id"] != 31])))
+    for seed in range(2): results("a.json", seed=seed), Path("a.json").rename(f"seen{seed}.json")
+    found = mhdet_json("errors --gt spoilt.json --dt seen0.json seen1.json")["suspects"]
+    assert {(r["kind"], r["image"]) for r in found} == {("mislabelled", 30), ("missing", 31)}
+
+
+def test_empty_answers_are_defined(here):
+    Path("none.json").write_text("[]")
+    truth = "--gt data/annotations/instances_val.json --dt none.json"
+    found = mhdet_json(f"eval {truth}")
+    assert {found[k]["AP50"] for k in ("coco", "voc07", "voc", "source")} == {0} and found["P"] is None and found["R"] == 0
+    assert mhdet_json(f"errors {truth}")["profiles"]["none.json"]["errors"]["Miss"]["n"] == 100
+    assert np.sum(mhdet_json(f"confuse {truth}")["matrix"]) == 100
+    Path("bare.json").write_text(json.dumps(read(here / "data", "val") | dict(annotations=[])))
+    results("a.json")
+    assert mhdet_json("eval --gt bare.json --dt a.json")["coco"]["AP"] is None
+    assert mhdet_json("errors --gt bare.json --dt a.json")["profiles"]["a.json"]["AP50"] is None
+
+
+def test_calibration_is_kept_and_used(here):
+    found = mhdet_json("calibrate base --conf .001")
+    before, after = found["use"]
+    assert before["AP50"] == pytest.approx(after["AP50"], abs=1e-9) and Path(found["path"]).is_file()
+    seen = mhdet_json("detect base data/images/val/7.jpg --calibrated --conf .0001 --out calibrated")
+    assert seen["pictures"] == 1
+    Path(found["path"]).unlink()
 
 
 def test_a_traceback_only_with_debug(here):

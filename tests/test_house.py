@@ -22,7 +22,7 @@ CFG.read(ROOT / "settings.ini", encoding="utf8")
 SKIPPED = set(CFG["DEFAULT"]["tst_flags"].split())
 BAD_NAMES = messages.UndefinedName, messages.UndefinedLocal, messages.ImportStarUsed, messages.ImportStarUsage
 DEV_ONLY = {"nbdev", "fastcore", "execnb", "IPython", "jupyterlab"}
-CEILING = dict(chapter=250, cell=40, package=4200, cells=70, width=120, kilobytes=500)
+CEILING = dict(chapter=250, cell=40, package=5600, cells=70, width=120, kilobytes=500)
 
 
 class Cell(NamedTuple):
@@ -61,7 +61,7 @@ def planted(*sources, number=5, name="planted", size=0):
 
 
 CHAPTERS = [chapter(p) for p in sorted((ROOT / "nbs").glob("[0-9][0-9]*_*.ipynb"))]
-STUDIES = [chapter(p) for p in sorted((ROOT / "nbs/studies").glob("[!.]*.ipynb"))]
+STUDIES = [chapter(p) for p in sorted(p for d in ("studies", "tutorials") for p in (ROOT / "nbs" / d).glob("[!.]*.ipynb"))]
 LOG = (ROOT / "nbs/log.md").read_text(encoding="utf8") if (ROOT / "nbs/log.md").is_file() else ""
 # a line of the log, "Ceiling broken: `learner`, lines in exported cell: why", waives that ceiling there
 WAIVED = tuple(f"{name}: {what}" for name, what in re.findall(r"Ceiling broken: `(\w+)`, ([\w ]+): \w", LOG))
@@ -311,7 +311,7 @@ def package_size(chapters):
 
 def test_package_size():
     assert package_size(CHAPTERS) == []
-    assert package_size([planted(half())] * 2101) == ["the package has 4202 lines > 4200"]
+    assert package_size([planted(half())] * 2801) == ["the package has 5602 lines > 5600"]
 
 
 def test_export_and_clean_leave_the_tree_unchanged(tmp_path): assert not_derived(ROOT, tmp_path) == []

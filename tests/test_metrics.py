@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from mhdet.calibration import reliability
 from mhdet.errors import compare, error_profile, paired_diff, permutation_test, weighted_ap
-from mhdet.metrics import (ENGINES, IOUS, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, confusion, evaluate,
-                           match_dets, pr_curve)
+from mhdet.metrics import (ENGINES, IOUS, _coco_side, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, confusion,
+                           evaluate, match_dets, pr_curve)
 from mhdet.results import read_gt, read_results, write_results
 
 NC = 3
@@ -102,6 +103,12 @@ def test_a_third_engine(seed, monkeypatch, capfd):
     gt, dt = problem(seed, extra=12, crowded=seed % 4 == 0)
     ours, third = (evaluate(gt, dt, list("abc"), 12, "coco", engine=e)["coco"] for e in ("own", "hotcoco"))
     assert third == pytest.approx(ours, abs=1e-9)
+    size = (dt["box"][:, 2:] - dt["box"][:, :2]).prod(1)
+    ev = hotcoco.COCOeval(_coco_side(hotcoco.COCO, gt, gt["area"], gt["crowd"], gt["label"], NC, 12),
+                          _coco_side(hotcoco.COCO, dt, size, 0 * dt["label"], dt["score"], NC, 12), "bbox")
+    ev.evaluate()
+    error = reliability(match_dets(gt, dt, NC, rule="coco"))[0]["ece"]
+    assert ev.calibration(n_bins=10, iou_threshold=.5)["ece"] == pytest.approx(error, abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
