@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'COLUMNS', 'VOC', 'SUFFIXES', 'TOY_FAMILIES', 'TOY_COMM
            'collate', 'loader']
 
 # %% ../nbs/02_data.ipynb #864f6cd7
-import json, os, signal
+import atexit, json, multiprocessing, os, signal
 import xml.etree.ElementTree as ET
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -819,6 +819,12 @@ class EpochBatches:
 def _calm(worker):
     "Ctrl-C and SIGTERM reach the whole process group; the main process alone decides, and saves in peace."
     for name in (signal.SIGINT, signal.SIGTERM): signal.signal(name, signal.SIG_IGN)
+
+@atexit.register
+def _no_orphans():
+    "What multiprocessing does with daemons at exit, by a signal that loaders cannot ignore: else it waits for ever."
+    for worker in multiprocessing.active_children():
+        if worker.daemon: worker.kill()
 
 def collate(items):
     """Put samples together.

@@ -2,6 +2,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from mhdet.core import DataCfg
 from mhdet.data import (ClassMap, DetDataset, Records, census, check_pictures, loader, open_data, read_coco, resize_copy,
                         toy_dataset)
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data with real pictures")
 
@@ -163,9 +166,17 @@ def test_workers_and_restarts_change_no_augmented_sample():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_workers_leave_signals_to_the_main_process(number):
     batches = iter(loader(DetDataset(toy_dataset(64, size=64), 64), 8, workers=2))
-    next(batches)
+    next(batches), next(batches)                                                                # both have begun
     for w in batches._workers: os.kill(w.pid, number)                              # as Ctrl-C does, to the whole group
-    assert len(list(batches)) == 7
+    assert len(list(batches)) == 6
+
+
+def test_workers_do_not_outlive_the_main_process():
+    "An iterator that an error left behind does not keep the process from ending."
+    code = ("from mhdet.data import DetDataset, loader, toy_dataset\n"
+            "left = iter(loader(DetDataset(toy_dataset(64, size=64), 64), 8, workers=2)); next(left), next(left)\n"
+            "raise SystemExit(7)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 7
 
 
 @shared
