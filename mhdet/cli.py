@@ -260,17 +260,24 @@ def _seen(names, chosen, gt, dt, split, conf, iou):
 def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev", SPLIT),
              out: str = _opt(None, "Confusion CSV to write."), conf: float = _opt(.25, "Least score."),
              iou: float = _opt(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
-             threshold: float = _opt(None, "Only pairs with at least this share confused.")):
-    "Which class is taken for which; worst pairs first."
-    from mhdet.results import write_confusion
-    from mhdet.partition import confusability, confused_pairs
+             threshold: float = _opt(None, "Only pairs with at least this share confused."),
+             heads: str = _opt(None, "Head file for the blocks of heads; a RUN has its own.")):
+    "Which class is taken for which, and which head's for which head's; worst pairs first."
+    from mhdet.experiment import find_run
+    from mhdet.partition import confusability, confused_pairs, load_heads
+    from mhdet.results import head_blocks, write_confusion
     classes, matrix, where = _seen(names, chosen, gt, dt, split, conf, iou)
+    file = heads or (find_run(names[0], ROOT)[0] / "heads.yaml" if names else None)
+    partition = load_heads(file, classes) if file else None
     if out: write_confusion(out, matrix, classes)
     share = confusability(matrix, len(classes))
     rows = [dict(a=classes[i], b=classes[j], share=share[i, j], a_as_b=matrix[i, j], b_as_a=matrix[j, i])
             for i, j in confused_pairs(matrix, classes, pairs, threshold)]
-    text = f"{where}\n\n{_table(rows) if rows else 'no two classes were confused'}"
-    return dict(names=classes, matrix=matrix, pairs=rows, where=where), text
+    text, blocks = f"{where}\n\n{_table(rows) if rows else 'no two classes were confused'}", None
+    if partition and partition.nh > 1:
+        blocks, ends = head_blocks(matrix, partition.head_of), [*(h.name for h in partition.heads), "background"]
+        text += "\n\n" + _table([{"objects of": k, **dict(zip(ends, row))} for k, row in zip(ends, blocks)])
+    return dict(names=classes, matrix=matrix, pairs=rows, where=where, blocks=blocks), text
 
 # %% ../nbs/21_cli.ipynb #eca0ae33
 @_command("data device", (0, None), "[RUN...] [key=value]...")

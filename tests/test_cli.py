@@ -179,6 +179,8 @@ def test_two_methods_from_files(here):
     Path("two.yaml").write_text(heads([0, 1, 2], [3, 4, 5]))
     found = mhdet_json(f"errors {truth} --dt {old} --heads two.yaml --out mistakes")
     assert set(found["profiles"]) == {f"old{seed}.json" for seed in range(3)} and Path("mistakes/errors.png").is_file()
+    seen = mhdet_json(f"confuse {truth} --dt old0.json --heads two.yaml")
+    assert np.shape(seen["blocks"]) == (3, 3) and np.sum(seen["blocks"]) == np.sum(seen["matrix"])
     cls = found["profiles"]["old0.json"]["errors"]
     assert cls["within"]["n"] + cls["across"]["n"] == cls["Cls"]["n"] > 0
 
