@@ -65,11 +65,12 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """How it is trained, and how its answers are read.
 
-    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `warmup` in epochs, never
-    more than
-    a tenth of the run; `lrf` the share of `lr` left at the end; the gains are for 640 px and 80 classes and
-    scaled from
-    there; `max_hours` is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`.
+    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `lr_scaling` for optimiser steps of
+    more; `warmup` in epochs, never more than a tenth of the run; `lrf` the share of `lr` left at the end; `lr_parts`
+    are epochs for `schedule=step`, [share of lr, epochs] each for `restarts`; `multi_scale` the least and the greatest
+    side, px; the gains are for 640 px and 80 classes and scaled from there; `restarts` is how often an epoch is begun
+    again when its loss is no number, with `restart_seeds` in turn; `early_stop` counts epochs without a better AP50
+    (0: off); `max_hours` is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`.
     Source: own.
     """
     run: str | None = None
@@ -86,7 +87,9 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     weight_decay: float = 5e-4
     nominal_batch: int = 16
     warmup: float = 3.
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step", "restarts"] = "cosine"
+    lr_parts: list[float | list[float]] = []
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     clip: float = 0.
     ema: float = .9999
     freeze: str | int | None = None
@@ -104,6 +107,10 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     focal: float = 0.
     keep_every: int = 0
     save_steps: int = 0
+    multi_scale: tuple[int, int] | None = None
+    restarts: int = 3
+    restart_seeds: list[int] = []
+    early_stop: int = 0
     conf: float = .001
     nms_iou: float = .5
     max_det: int = 300

@@ -24,7 +24,8 @@ from .learner import Learner, accumulation, make_accelerator, to_unit
 from .loss import RoutedLoss, scale_gains
 from .metrics import confusion, evaluate
 from .partition import Partition, load_heads, save_heads
-from .policy import EMA, Checkpoint, Deadline, FreezeStages, Progress, Recorder, Schedule, sgd
+from .policy import (EMA, Checkpoint, Deadline, EarlyStop, FreezeStages, MultiScale, NaNGuard, Progress, Recorder,
+                          Schedule, sgd)
 from .results import write_confusion, write_results
 from .store import load, resume_state
 
@@ -313,7 +314,7 @@ def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), 
 # %% ../nbs/15_experiment.ipynb #3cc5b36b
 RESUMABLE = ("epochs", "max_hours", "device", "workers")
 
-def callbacks(cfg, run, model, dev=None, loss=None, quiet=False):
+def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     """What watches a run, in order.
 
     Parameters
@@ -327,6 +328,8 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False):
         Measured on `dev` too.
     quiet : bool
         No progress bar.
+    reseed : function, optional
+        Makes the data follow another seed; None: a loss that is no number ends the run.
 
     Returns
     -------
@@ -350,12 +353,16 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False):
         return terms | {k: found["coco"][k] for k in ("AP50", "AP")} | {k: found[k] for k in ("P", "R")}
     parts = dict(model.trunk.layers()) if isinstance(t.freeze, int) else dict(model.trunk.named_children())
     show = ("train/box", "train/obj", "train/cls", "AP50")
-    wanted = [Schedule(t.lr, t.lrf, t.warmup, t.schedule, t.momentum),
+    more = accumulation(cfg.data.batch, t.nominal_batch)[1] ** {"none": 0, "sqrt": .5, "linear": 1}[t.lr_scaling]
+    wanted = [Schedule(t.lr * more, t.lrf, t.warmup, t.schedule, t.momentum, parts=t.lr_parts),
+              t.multi_scale and MultiScale(*t.multi_scale, seed=t.seed),
               t.freeze is not None and FreezeStages(parts, t.freeze),
               t.ema and EMA(model, t.ema),
               Recorder(JsonLog(run / "log.jsonl"), judge if dev else None),
               not quiet and Progress(show),
               t.max_hours and Deadline(t.max_hours),
+              t.early_stop and EarlyStop("AP50", t.early_stop),
+              t.restarts and reseed and NaNGuard(run, [t.seed, *t.restart_seeds], reseed, t.restarts),
               Checkpoint(run, t.keep_every, t.save_steps, "AP50" if dev else None)]
     return [cb for cb in wanted if cb]
 
@@ -404,8 +411,12 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False):
     accumulate, share = accumulation(cfg.data.batch, cfg.train.nominal_batch)
     t, loss = cfg.train, make_loss(cfg, model)
     dev = dataset(cfg, splits["dev"]) if len(splits.get("dev", ())) else None
+    def reseed(seed):
+        set_seed(seed)
+        data.seed = batches.batch_sampler.seed = seed
+        batches._iterator = None                                # workers hold copies of the data set: others are begun
     learner = Learner(model, loss, sgd(model, t.lr, t.momentum, t.weight_decay * share), batches,
-                      callbacks(cfg, run, model, dev, loss, quiet), device=t.device, precision=t.precision,
+                      callbacks(cfg, run, model, dev, loss, quiet, reseed), device=t.device, precision=t.precision,
                       accumulate=accumulate, clip=t.clip)
     if resume:
         cfg.save(run / "config.yaml")

@@ -66,12 +66,13 @@ class NonFinite(RuntimeError):
     """A loss that is NaN or infinite, caught before it reaches the weights.
 
     `step` is the count of optimiser steps done, `terms` the named terms (floats) summed over the accumulated
-    batches. An error itself; raised by `Step.step`. Source: own.
+    batches, `reason` where it was met: `nan` in training, `val nan` in validation. An error itself; raised by
+    `Step.step`, and by what validates. Source: own.
     """
-    def __init__(self, step, terms):
+    def __init__(self, step, terms, reason="nan"):
         bad = [k for k, v in terms.items() if not abs(v) < float("inf")]
         super().__init__(f"step {step}: loss is not finite (terms: {', '.join(bad)})")
-        self.step, self.terms = step, terms
+        self.step, self.terms, self.reason = step, terms, reason
 
 class Callback:
     """What watches or steers a fit; every hook does nothing unless overridden.

@@ -1,4 +1,5 @@
 """A run is killed, interrupted or starved of disk, and goes on. This file is also the program that is killed."""
+import math
 import os
 import random
 import signal
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mhdet.core import JsonLog, set_seed
+from mhdet import experiment
+from mhdet.core import JsonLog, load_cfg, set_seed
+from mhdet.data import open_data
 from mhdet.learner import Callback, Learner
 from mhdet.policy import EMA, Checkpoint, Recorder, Schedule, sgd
 from mhdet.store import load, read_meta, resume_state
@@ -135,3 +138,31 @@ def test_full_disk_keeps_the_old_state(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__": sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loss_that_is_no_number_costs_an_epoch(tmp_path, monkeypatch, workers):
+    "NaN in training of epoch 3 and in validation of epoch 5: both epochs are begun again with the next seed."
+    cfg = load_cfg("data=toy:80", "imgsz=64", "epochs=6", "batch=16", "nominal_batch=16", "width=0.125", "precision=fp32",
+                   f"workers={workers}", "seed=3", "restart_seeds=[11, 12]", "run=flow")
+    made, seen = experiment.make_loss, dict(train=0, val=0)
+
+    def make_loss(*args):
+        whole = made(*args)
+        def loss(raws, targets):
+            part = "train" if raws[0].requires_grad else "val"
+            seen[part] += 1
+            out = whole(raws, targets)
+            bad = (part, seen[part]) in (("train", 2 * n + 2), ("val", 5))
+            return {k: v * math.nan for k, v in out.items()} if bad else out
+        return loss
+
+    n = len(open_data("toy:80", dev=cfg.data.dev)["train"]) // 16
+    monkeypatch.setattr(experiment, "make_loss", make_loss)
+    run = experiment.train(cfg, root=tmp_path, quiet=True)
+    rows = [r.split(",") for r in (run / "restarts.csv").read_text().splitlines()]
+    assert rows[0] == "epoch load_epoch old_seed new_seed step terms reason".split()
+    assert [r[:4] + r[-1:] for r in rows[1:]] == [["3", "2", "3", "11", "nan"], ["5", "4", "11", "12", "val nan"]]
+    assert [r["epoch"] for r in JsonLog(run / "log.jsonl").rows()] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(r["dev/box"]) for r in JsonLog(run / "log.jsonl").rows())
+    assert all(v.isfinite().all() for v in load(run / "best")[0]["model"].values())
