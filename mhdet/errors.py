@@ -190,12 +190,13 @@ def plot_profile(profiles, ax=None):
     own
     """
     ax = ax or plt.subplots(figsize=(6.4, 2.8))[1]
-    kinds = [k for k in next(iter(profiles.values()))["errors"]]
+    kinds = list(next(iter(profiles.values()))["errors"])
+    short = lambda n: f"{n:.0f}" if n < 1000 else f"{n / 1000:.1f}k"
     for i, (name, p) in enumerate(profiles.items()):
         wide = .8 / len(profiles)
         bars = ax.bar(np.arange(len(kinds)) + (i - (len(profiles) - 1) / 2) * wide,
                       [p["errors"][k]["dAP"] or 0 for k in kinds], wide, color=f"C{i}", label=name)
-        ax.bar_label(bars, [f"{p['errors'][k]['n']:,.0f}" for k in kinds], fontsize=6, padding=1)
+        ax.bar_label(bars, [short(p["errors"][k]["n"]) for k in kinds], fontsize=6, padding=1)
     ax.axvline(5.5, c="grey", lw=.8)
     ax.axvline(7.5, c="grey", lw=.8)
     ax.set_xticks(range(len(kinds)), kinds)
