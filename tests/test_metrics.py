@@ -103,12 +103,30 @@ def test_a_third_engine(seed, monkeypatch, capfd):
     gt, dt = problem(seed, extra=12, crowded=seed % 4 == 0)
     ours, third = (evaluate(gt, dt, list("abc"), 12, "coco", engine=e)["coco"] for e in ("own", "hotcoco"))
     assert third == pytest.approx(ours, abs=1e-9)
+    ev = hotcoco_of(hotcoco, gt, dt)
+    error = reliability(match_dets(gt, dt, NC, rule="coco"))[0]["ece"]
+    assert ev.calibration(n_bins=10, iou_threshold=.5)["ece"] == pytest.approx(error, abs=1e-9)
+
+
+def hotcoco_of(hotcoco, gt, dt):
+    "hotcoco's evaluation of the same arrays."
     size = (dt["box"][:, 2:] - dt["box"][:, :2]).prod(1)
     ev = hotcoco.COCOeval(_coco_side(hotcoco.COCO, gt, gt["area"], gt["crowd"], gt["label"], NC, 12),
                           _coco_side(hotcoco.COCO, dt, size, 0 * dt["label"], dt["score"], NC, 12), "bbox")
     ev.evaluate()
-    error = reliability(match_dets(gt, dt, NC, rule="coco"))[0]["ece"]
-    assert ev.calibration(n_bins=10, iou_threshold=.5)["ece"] == pytest.approx(error, abs=1e-9)
+    return ev
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_error_profile_is_hotcocos(seed):
+    "On COCO's own grid of recalls; without crowds, which hotcoco counts among the mistakes."
+    hotcoco = pytest.importorskip("hotcoco", reason="hotcoco has no wheel for this machine")
+    gt, dt = problem(seed)
+    gt = {k: v[~gt["crowd"]] for k, v in gt.items()}
+    dt["score"] = np.random.default_rng(seed).permutation(len(dt["score"])) / len(dt["score"])
+    theirs, ours = hotcoco_of(hotcoco, gt, dt).tide_errors(), error_profile(gt, dt, NC)["errors"]
+    for k, gain in theirs["delta_ap"].items(): assert ours[k]["dAP"] == pytest.approx(gain, abs=1e-9), k
+    for k, n in theirs["counts"].items(): assert ours[k]["n"] == n, k
 
 
 @settings(max_examples=40, deadline=None)
