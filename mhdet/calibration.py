@@ -71,25 +71,28 @@ def fit_calibration(m, head_of):
     Returns
     -------
     array (nh, 2)
-        Scale and bias, no unit; 1 and 0 for a head without both hits and misses.
+        Scale and bias, no unit; 1 and 0 for a head without both hits and misses, or whose scores rank the wrong way
+        round.
 
     Raises
     ------
     ValueError
-        A score outside 0..1; a head whose scores rank the wrong way round.
+        A score outside 0..1.
 
     References
     ----------
-    Platt 1999, without his prior.
+    Platt 1999, with his targets, which keep the scale finite where hits and misses do not overlap.
     """
     _unit(m.score)
     head, counted, out = np.asarray(head_of)[m.label], ~m.skip[0], []
     for h in range(max(head_of) + 1):
         x, hit = _logit(m.score[rows := counted & (head == h)]), m.tp[0][rows]
         if len(np.unique(hit)) < 2: out.append((1., 0.)); continue
-        fit = LogisticRegression(C=np.inf, max_iter=1000).fit(x[:, None], hit)
-        out.append((fit.coef_.item(), fit.intercept_.item()))
-        if out[-1][0] <= 0: raise ValueError(f"head {h}: better scores are worse answers (scale {out[-1][0]:.2f})")
+        yes = np.where(hit, (hit.sum() + 1) / (hit.sum() + 2), 1 / ((~hit).sum() + 2))            # Platt's targets
+        fit = LogisticRegression(C=np.inf, max_iter=1000).fit(
+            np.r_[x, x][:, None], np.repeat([1, 0], len(x)), np.r_[yes, 1 - yes])
+        scale, bias = fit.coef_.item(), fit.intercept_.item()
+        out.append((scale, bias) if scale > 0 else (1., 0.))
     return np.array(out)
 
 def _logit(score): return logit(np.clip(score, 1e-12, 1 - 1e-12))

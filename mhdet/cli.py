@@ -30,9 +30,10 @@ def _spread(args):
     "`--a x y` as `--a x --a y`, for the commands whose options take several files."
     out, option = [], None
     for word in args:
-        if word.startswith("-"): option = word if (args[0], word) in SEVERAL else None
-        elif option and out[-1] != option: out.append(option)
-        out.append(word)
+        name, equal, value = word.partition("=")
+        if not word.startswith("-"): out += [option, word] if option and out[-1] != option else [word]
+        elif (args[0], name) in SEVERAL: out, option = [*out, name, *[value] * bool(equal)], name
+        else: out, option = [*out, word], None
     return out
 
 class _Group(TyperGroup):

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from .metrics import IOUS, ap_area, ap_coco, ap_per_class, ap_voc07, match_dets, overlaps, pr_curve
 
@@ -90,7 +90,7 @@ def error_profile(gt, dt, nc, head_of=None, iou=.5, background=.1):
     ----------
     Bolya et al. 2020, TIDE; what lies on a crowd is no mistake here. The parts of Cls: own.
     """
-    if not 0 <= background < iou: raise ValueError(f"background {background}, iou {iou}: 0 <= background < iou is due")
+    if not 0 < background < iou: raise ValueError(f"background {background}, iou {iou}: 0 < background < iou is due")
     m, solid, label = match_dets(gt, dt, nc, (iou,), "coco"), ~gt["crowd"], np.append(gt["label"], -1)
     tp, counted, used = m.tp[0], ~m.skip[0], np.zeros(len(solid) + 1, bool)
     used[m.met[0][tp]] = used[-1] = True                                                       # the last is nobody
@@ -322,6 +322,8 @@ def bootstrap_ap(gt, dt, nc, n_images, n=2000, seed=0, metric="AP50", inclusive=
 SEED_SD = .005      # lent where one seed is all there is: .003 is reported for COCO, and small sets vary more
 FOUND = norm.ppf(.975) + norm.ppf(.8)             # an effect of so many sigmas is found in 80 % of cases
 
+def _found(df): return t.ppf(.975, df) + t.ppf(.8, df)               # FOUND, for noise that is known from few seeds
+
 def _seed_noise(a, b, paired, seed_sd):
     "Standard deviation of one training's AP over seeds, variance it gives the difference, degrees of freedom."
     if paired and len(a) != len(b): raise ValueError(f"seeds in pairs, but {len(a)} and {len(b)} of them")
@@ -357,7 +359,7 @@ def paired_diff(gt, dt_a, dt_b, nc, n_images, n=2000, seed=0, metric="AP50", see
     Raises
     ------
     ValueError
-        Unknown metric, no detection set on a side, seeds in pairs that are not.
+        Unknown metric, no detection set on a side, seeds in pairs that are not, no object, one picture or replicate.
 
     References
     ----------
@@ -365,7 +367,9 @@ def paired_diff(gt, dt_a, dt_b, nc, n_images, n=2000, seed=0, metric="AP50", see
     """
     sides = [[x] if isinstance(x, dict) else list(x) for x in (dt_a, dt_b)]
     if not all(sides): raise ValueError("each side needs one set of detections or more")
+    if min(n_images, n) < 2: raise ValueError(f"{n_images} pictures, {n} replicates: 2 or more of both are due")
     ranked = [[_ranked(gt, dt, nc, n_images, metric, inclusive) for dt in side] for side in sides]
+    if not ranked[0][0][0].nnz: raise ValueError("no object counts, so nothing can be compared")
     both = lambda ap: np.concatenate([_mean(ap)[None], ap])                          # the mean, then the classes
     read = lambda w: [np.stack([both(_reweighted(r, w)) for r in side]) for side in ranked]    # two (seeds, 1 + nc, R)
     a, b = (x[..., 0] for x in read(np.ones((n_images, 1))))
@@ -379,7 +383,8 @@ def paired_diff(gt, dt_a, dt_b, nc, n_images, n=2000, seed=0, metric="AP50", see
     known, sd = df < math.inf or seed_sd is not None, math.sqrt(boot[0].var(ddof=1) + variance[0])
     return dict(delta=float(delta[0]), low=float(span[0, 0]), high=float(span[0, 1]), p=float(p), sd=sd,
                 sd_pictures=float(boot[0].std(ddof=1)), sd_seeds=float(s[0]) if known else None,
-                seeds_a=len(a), seeds_b=len(b), mde=float(FOUND * sd), a=float(a[:, 0].mean()), b=float(b[:, 0].mean()),
+                seeds_a=len(a), seeds_b=len(b), a=float(a[:, 0].mean()), b=float(b[:, 0].mean()),
+                mde=math.hypot(FOUND * boot[0].std(ddof=1), _found(df) * math.sqrt(variance[0])),
                 per_class=np.c_[delta, span][1:])
 
 # %% ../nbs/05_errors.ipynb #ac824088
@@ -493,8 +498,9 @@ def seeds_needed(delta, sd_pictures, sd_seeds):
     Returns
     -------
     int or None
-        Smallest n with (1.96 + .84)^2 (sd_pictures^2 + 2 sd_seeds^2 / n) <= delta^2; None: no number of seeds is
-        enough, more pictures are needed.
+        Smallest n with (1.96 + .84)^2 sd_pictures^2 + k^2 2 sd_seeds^2 / n <= delta^2, k the same sum for Student's t
+        with 2n - 2 degrees of freedom (so 2 at least where seeds scatter); None: no number of seeds is enough, more
+        pictures are needed.
 
     Raises
     ------
@@ -507,8 +513,11 @@ def seeds_needed(delta, sd_pictures, sd_seeds):
     """
     if min(sd_pictures, sd_seeds) < 0:
         raise ValueError(f"standard deviations {sd_pictures} and {sd_seeds} must be 0 or more")
-    room = (delta / FOUND) ** 2 - sd_pictures ** 2
-    return max(1, math.ceil(2 * sd_seeds ** 2 / room)) if room > 0 else None
+    room = delta ** 2 - (FOUND * sd_pictures) ** 2
+    if room <= 0: return None
+    n = np.arange(2, 2000)
+    enough = np.flatnonzero(_found(2 * n - 2) ** 2 * 2 * sd_seeds ** 2 / n <= room) if sd_seeds else [-1]
+    return int(enough[0]) + 2 if len(enough) else math.ceil(2 * (FOUND * sd_seeds) ** 2 / room)
 
 def compare(gt, dt_a, dt_b, nc, n_images, margin=.005, seed_sd=None, swaps=0, **more):
     """Is b better than a? The difference, its interval and the verdict.

@@ -345,11 +345,12 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     own
     """
     t = cfg.train
+    if t.early_stop and not dev: raise ValueError("early_stop: a dev split is due")
     def judge(learner):
         dt, facts = predict(learner.ema, dev, loss=loss, **limits(cfg, conf=max(t.conf, .01)))     # enough to choose by
         names, n = dev.records.names, len(dev)
         found = evaluate(dev.records.gt, dt, names, n, ("coco",))
-        terms = {f"dev/{k}": facts[k] for k in ("box", "obj", "cls")}
+        terms = {f"dev/{k}": facts[k] for k in ("box", "obj", "cls") if k in facts}
         return terms | {k: found["coco"][k] for k in ("AP50", "AP")} | {k: found[k] for k in ("P", "R")}
     parts = dict(model.trunk.layers()) if isinstance(t.freeze, int) else dict(model.trunk.named_children())
     show = ("train/box", "train/obj", "train/cls", "AP50")
@@ -404,19 +405,21 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False):
     if "train" not in splits: raise ValueError(f"{cfg.data.data}: no train split")
     data, names = dataset(cfg, splits["train"], train=True), splits["train"].names
     model = build(cfg.override(weights=None, heads=str(run / "heads.yaml")) if run else cfg, names, root)
+    accelerator = make_accelerator(cfg.train.device, cfg.train.precision)
+    dev = dataset(cfg, splits["dev"]) if len(splits.get("dev", ())) else None
+    callbacks(cfg, Path(), model, dev)                             # what is refused is refused before there is a folder
     if not run:
         run = new_run(cfg, root)
         save_heads(run / "heads.yaml", model.head.partition)
     batches = loader(data, cfg.data.batch, cfg.data.workers)
     accumulate, share = accumulation(cfg.data.batch, cfg.train.nominal_batch)
     t, loss = cfg.train, make_loss(cfg, model)
-    dev = dataset(cfg, splits["dev"]) if len(splits.get("dev", ())) else None
     def reseed(seed):
         set_seed(seed)
         data.seed = batches.batch_sampler.seed = seed
         batches._iterator = None                                # workers hold copies of the data set: others are begun
     learner = Learner(model, loss, sgd(model, t.lr, t.momentum, t.weight_decay * share), batches,
-                      callbacks(cfg, run, model, dev, loss, quiet, reseed), device=t.device, precision=t.precision,
+                      callbacks(cfg, run, model, dev, loss, quiet, reseed), accelerator=accelerator,
                       accumulate=accumulate, clip=t.clip)
     if resume:
         cfg.save(run / "config.yaml")

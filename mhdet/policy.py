@@ -92,6 +92,8 @@ class Schedule(Callback):
         kinds = "cosine", "constant", "step", "restarts"
         if kind not in kinds: raise ValueError(f"schedule={kind}: allowed are {', '.join(kinds)}")
         if not parts and kind in kinds[2:]: raise ValueError(f"schedule={kind}: lr_parts are due")
+        if any(isinstance(p, (int, float)) == (kind == "restarts") for p in parts):
+            raise ValueError(f"lr_parts={parts}: epochs for step, [share, epochs] each for restarts")
         self.parts = list(parts)
         self.lr, self.lrf, self.warmup, self.kind = lr, lrf, warmup, kind
         self.momentum, self.warmup_momentum, self.bias_lr = momentum, warmup_momentum, min(warmup_bias_lr, 10 * lr)
@@ -112,7 +114,7 @@ class Schedule(Callback):
 
     def restarts(self, epoch):
         "Share of the rate in an epoch (counted from 0)."
-        if epoch < self.warmup: return (epoch + 1) / self.warmup
+        if epoch < self.warmup: return min(1., (epoch + 1) / self.warmup)
         epoch -= self.warmup
         for height, length in self.parts:
             if epoch < length: return height * (1 + math.cos(math.pi * epoch / length)) / 2
@@ -178,7 +180,7 @@ class FreezeStages(Callback):
 
 # %% ../nbs/13_policy.ipynb #b3582a1b
 class MultiScale(Callback):
-    """Resizes batches to a side drawn anew every `every` batches; the `last` ones of an epoch keep their size.
+    """Resizes batches to a side drawn anew every `every` batches; the `last` ones (a fifth at most) keep their size.
 
     `low` and `high` are sides in px, multiples of `stride` are drawn between them, both included (`ValueError`:
     there is none). Pictures are the first element of a batch, (B, C, H, W). Source: Redmon and Farhadi 2017.
@@ -190,7 +192,7 @@ class MultiScale(Callback):
 
     def side(self, epoch, batch, n_batches):
         "Of a batch; None: as it is."
-        if batch + self.last >= n_batches: return None
+        if batch + min(self.last, n_batches // 5) >= n_batches: return None
         return int(np.random.default_rng([self.seed, epoch, batch // self.every]).choice(self.sides))
 
     def before_batch(self, learner):
@@ -321,6 +323,7 @@ class NaNGuard(Callback):
 
     `seeds` are the first one and those to follow; when they are used up each next is the last and one. `reseed(seed)`
     makes the data follow. After `limit` returns in one epoch, or without a stored state, the `NonFinite` is raised.
+    A state stored in mid-epoch is gone on with in the order of the new seed: some pictures of that epoch come twice.
     The row: the epoch that failed and the finished ones that were loaded (counted from 1 and 0), both seeds, the
     optimiser steps done, the terms that were not finite, `nan` or `val nan`. `OSError` when it cannot be written.
     Source: own; the flow table of the three-scale experiment log.

@@ -18,7 +18,7 @@ from .core import HEAD_COLORS
 # %% ../nbs/04b_results.ipynb #19ff83af
 def _json(path, kind, due):
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: data = json.loads(Path(path).read_text(encoding="utf8"))
+    try: data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as e: raise ValueError(f"{path}: not JSON ({e})") from None
     if not isinstance(data, kind): raise ValueError(f"{path}: {due} is due at the top, got {type(data).__name__}")
     return data
@@ -27,6 +27,8 @@ def _refuse(path, bad, problem, rows):
     if not (bad := list(bad)): return
     shown = f"entry {bad[0]}: {str(rows[bad[0]])[:200]}"
     raise ValueError(f"{path}: {len(bad)} of {len(rows)} entries {problem}, the first is {shown}")
+
+def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf")
 
 def _complete(path, rows, *need):
     lacks = (i for i, r in enumerate(rows) if not isinstance(r, dict) or any(k not in r for k in need))
@@ -37,7 +39,8 @@ def _columns(path, rows, ids, cats):
     places = []
     for key, known in (("image_id", ids), ("category_id", cats)):
         place = {k: i for i, k in enumerate(known)}
-        _refuse(path, (i for i, r in enumerate(rows) if r[key] not in place), f"have an unknown {key}", rows)
+        strange = lambda v: not isinstance(v, (int, float, str)) or v not in place
+        _refuse(path, (i for i, r in enumerate(rows) if strange(r[key])), f"have an unknown {key}", rows)
         places.append(np.array([place[r[key]] for r in rows], np.int64))
     try: box = np.array([r["bbox"] for r in rows], float).reshape(len(rows), 4)
     except (ValueError, TypeError): raise ValueError(f"{path}: a bbox needs 4 numbers: x, y, width, height") from None
@@ -78,13 +81,18 @@ def read_gt(path):
     for k, need in ("images", "id"), ("categories", "id name"), ("annotations", "image_id category_id bbox"):
         if not isinstance(data.get(k), list): raise ValueError(f"{path}: '{k}' is missing or no list")
         _complete(path, data[k], *need.split())
+    for k in "images", "categories":
+        odd = (i for i, r in enumerate(data[k]) if not isinstance(r["id"], (int, float, str)))
+        _refuse(path, odd, "have an id that is neither number nor text", data[k])
     rows, ids = data["annotations"], [r["id"] for r in data["images"]]
-    cats, names = zip(*sorted((r["id"], r["name"]) for r in data["categories"])) if data["categories"] else ((), ())
-    for what, a in (("picture", ids), ("category", cats)):
-        if len(set(a)) < len(a): raise ValueError(f"{path}: {what} ids are not unique")
+    ordered = sorted(data["categories"], key=lambda r: (isinstance(r["id"], str), r["id"]))
+    cats, names = ([r[k] for r in ordered] for k in ("id", "name"))
+    for what, a in (("picture ids", ids), ("category ids", cats), ("category names", list(map(str, names)))):
+        if len(set(a)) < len(a): raise ValueError(f"{path}: {what} are not unique")
     image, label, box = _columns(path, rows, ids, cats)
-    flag = lambda *keys: np.array([any(r.get(k) for k in keys) for r in rows], bool)
+    flag = lambda *keys: np.array([any(r.get(k) not in (None, 0, "", "0", "false") for k in keys) for r in rows], bool)
     area = [w * h if r.get("area") is None else r["area"] for r, (w, h) in zip(rows, box[:, 2:] - box[:, :2])]
+    _refuse(path, (i for i, a in enumerate(area) if not _number(a)), "have an area that is no number", rows)
     gt = dict(image=image, label=label, box=box, ignore=flag("difficult", "ignore"), crowd=flag("iscrowd"))
     return list(names), gt | dict(area=np.array(area, float)), ids, list(cats)
 
@@ -118,10 +126,9 @@ def read_results(path, ids, cats):
     rows = _json(path, list, "a list of detections")
     _complete(path, rows, "image_id", "category_id", "bbox", "score")
     image, label, box = _columns(path, rows, ids, cats)
-    try: score = np.array([r["score"] for r in rows], float)
-    except (ValueError, TypeError): raise ValueError(f"{path}: every score must be a number") from None
-    _refuse(path, np.flatnonzero(~np.isfinite(score)), "have a score that is not finite", rows)
-    return dict(image=image, label=label, box=box, score=score)
+    bad = (i for i, r in enumerate(rows) if not _number(r["score"]))
+    _refuse(path, bad, "have a score that is not a finite number", rows)
+    return dict(image=image, label=label, box=box, score=np.array([r["score"] for r in rows], float))
 
 def write_results(path, dt, ids, cats):
     """Write detections as COCO results.

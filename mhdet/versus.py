@@ -58,7 +58,7 @@ def versus(gt, a, b, margin=.005, seed_sd=None, paired_seeds=False, n=2000, swap
     """
     names, truth, ids, cats = read_gt(gt)
     nc, pictures = len(names), len(ids)
-    if not len(truth["label"]): raise ValueError(f"{gt}: no annotations, so there is nothing to be found")
+    if truth["crowd"].all(): raise ValueError(f"{gt}: no annotations, so there is nothing to be found")
     sides = [[read_results(f, ids, cats) for f in side] for side in (a, b)]
     judged = {m: compare(truth, *sides, nc, pictures, margin, seed_sd, swaps, n=n, seed=seed, metric=m,
                          paired_seeds=paired_seeds) for m in ("AP50", "AP")}
@@ -106,8 +106,10 @@ def _sentence(d):
             f"{d['high']:+.3f}], trainings {d['seeds_a']} and {d['seeds_b']}: {d['verdict']}")
     if d["verdict"] == "equivalent": text += f" (within {d['margin']:g})"
     if d["verdict"] == "undecided":
-        seeds = f"{d['more_seeds']} more trainings a side" if d["more_seeds"] else "more pictures, not more trainings,"
-        text += f"; {seeds} would tell a difference of this size in four cases of five"
+        more = d["more_seeds"]
+        seeds = ("more pictures, not more trainings," if more is None else f"{more} more trainings a side" if more else
+                 "an experiment of this size")
+        text += f"; {seeds} would tell a true difference of the size seen in four cases of five"
         if d["assumed_sd"]: text += f" if seeds scatter by {d['assumed_sd']:g}"
     if d["sd_seeds"] is None: text += "; with one training a side that is about these files, not about two methods"
     return text + "."

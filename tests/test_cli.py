@@ -109,7 +109,7 @@ BAD = {
     "errors absent": "absent: no run there",
     "eval --gt G --dt picture.json": "picture.json: 1 of 100 entries have an unknown image_id, the first is entry 0: {'image_id': 9999",
     "eval --gt G --dt class.json": "class.json: 1 of 100 entries have an unknown category_id",
-    "errors --gt G --dt a.json nan.json": "nan.json: 1 of 100 entries have a score that is not finite",
+    "errors --gt G --dt a.json nan.json": "nan.json: 1 of 100 entries have a score that is not a finite number",
     "confuse --gt G --dt negative.json": "negative.json: 1 of 100 entries have a box that is not finite or of negative size",
     "compare --gt G --a a.json --b dict.json": "dict.json: a list of detections is due at the top, got dict",
     "compare --gt bare.json --a a.json --b a.json": "bare.json: no annotations, so there is nothing to be found",
