@@ -201,7 +201,7 @@ def plot_profile(profiles, ax=None):
     ax.axvline(7.5, c="grey", lw=.8)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.set(ylabel="AP50 gained if repaired")
-    if len(profiles) > 1: ax.legend()
+    if len(profiles) > 1: ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(profiles))
     return ax
 
 # %% ../nbs/05_errors.ipynb #0c75c6f6

@@ -185,6 +185,12 @@ def test_two_methods_from_files(here):
     assert cls["within"]["n"] + cls["across"]["n"] == cls["Cls"]["n"] > 0
 
 
+def test_mistakes_of_a_run_are_drawn(here):
+    found = mhdet_json("errors base --split val --out wrong")
+    assert set(found["profiles"]) == {"base"} and Path("wrong/errors.png").is_file()
+    assert len(list(Path("wrong").glob("suspect-*.png"))) == len(found["suspects"])
+
+
 def test_planted_annotation_mistakes_are_suspected(here):
     truth = read(here / "data", "val")
     note = truth["annotations"][30]
