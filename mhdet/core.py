@@ -22,7 +22,7 @@ import yaml
 class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is looked at: pictures, their size, and what may be done to them.
 
-    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `batch` pictures, over all processes;
+    `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `batch` pictures, of all processes;
     `cache` keeps decoded pictures in memory or, up to `cache_gb` of 2^30 bytes, on disk; `dev` is the share of train
     kept for choosing. `scale`, `translate`, `perspective`, `noise`, `pad` and the `hsv_*` gains are fractions, `degrees`
     and `shear` degrees, the other augmentations probabilities; `random_ratio` is the probability of each that has none
@@ -86,6 +86,7 @@ class Stage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     warmup: float | None = None
     warmup_bias_lr: float | None = None
 
+# %% ../nbs/00_core.ipynb #90d06d88
 class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """How it is trained, and how its answers are read.
 
