@@ -25,8 +25,9 @@ class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     `data` is a folder, a YAML or `toy`; `imgsz` px, the side of the square input; `batch` pictures, of all processes;
     `cache` keeps decoded pictures in memory or, up to `cache_gb` of 2^30 bytes, on disk; `dev` is the share of train
     kept for choosing. `scale`, `translate`, `perspective`, `noise`, `pad` and the `hsv_*` gains are fractions,
-    `degrees` and `shear` degrees, the other augmentations probabilities; `random_ratio` is that of each without its own; the last `close_mosaic` epochs are without mosaic and mixup; `head_aware` is a YAML of augmentations a
-    head. A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`). Source: own.
+    `degrees` and `shear` degrees, the other augmentations probabilities; `random_ratio` is that of each without its
+    own; the last `close_mosaic` epochs are without mosaic and mixup; `head_aware` is a YAML of augmentations a head.
+    A value of another type or an unknown name raises `msgspec.ValidationError` (a `ValueError`). Source: own.
     """
     data: str = "toy"
     imgsz: int = 128
