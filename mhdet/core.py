@@ -7,7 +7,7 @@ __all__ = ['GROUP', 'FORMAT', 'HEAD_COLORS', 'DataCfg', 'NetCfg', 'Stage', 'Trai
            'environment', 'new_run', 'JsonLog', 'theme']
 
 # %% ../nbs/00_core.ipynb #6382b991
-import difflib, json, os, platform, random, re, subprocess, time
+import difflib, json, os, platform, random, re, shutil, subprocess, time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -165,7 +165,10 @@ class Cfg(msgspec.Struct, forbid_unknown_fields=True):
 
     def flat(self): return {k: v for g in msgspec.to_builtins(self).values() for k, v in g.items()}
     def override(self, **changes): return load_cfg(self.flat(), changes)
-    def save(self, path): Path(path).write_text(yaml.safe_dump(self.flat(), sort_keys=False), encoding="utf8")
+    def save(self, path):
+        part = Path(path).with_suffix(".part")                    # whole or not at all: a run cannot go on without it
+        part.write_text(yaml.safe_dump(self.flat(), sort_keys=False), encoding="utf8")
+        os.replace(part, path)
 
 GROUP = {f: g.name for g in msgspec.structs.fields(Cfg) for f in g.type.__struct_fields__}
 
@@ -304,8 +307,8 @@ def environment(seed=None, **more):
     return dict(commit=commit, versions=packages | {"python": platform.python_version()}, device=device, seed=seed,
                 threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"), format=FORMAT) | more
 
-def new_run(cfg, root="runs"):
-    """Make the folder of a run, with `config.yaml` and `env.json` in it.
+def new_run(cfg, root="runs", fill=None):
+    """Make the folder of a run, with `config.yaml` and `env.json` in it; it is there whole or not at all.
 
     Parameters
     ----------
@@ -313,6 +316,8 @@ def new_run(cfg, root="runs"):
         `cfg.train.run` names the folder; without it the name is date_time_seed.
     root : str or Path
         Where runs live.
+    fill : function, optional
+        Gets the folder before it has its name, to put more into it.
 
     Returns
     -------
@@ -330,10 +335,13 @@ def new_run(cfg, root="runs"):
     name = cfg.train.run or time.strftime("%Y%m%d_%H%M%S") + f"_s{cfg.train.seed}"
     run = Path(root) / name
     if run.exists(): raise FileExistsError(f"{run}: exists already; give another run= or --resume {name}")
-    run.mkdir(parents=True)
-    cfg.save(run / "config.yaml")
-    (run / "env.json").write_text(json.dumps(environment(cfg.train.seed), indent=1), encoding="utf8")
-    return run
+    part = run.with_name(run.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)                       # of a process that died here
+    part.mkdir(parents=True)
+    cfg.save(part / "config.yaml")
+    (part / "env.json").write_text(json.dumps(environment(cfg.train.seed), indent=1), encoding="utf8")
+    if fill: fill(part)
+    return part.rename(run)
 
 # %% ../nbs/00_core.ipynb #7a4f04b5
 class JsonLog:

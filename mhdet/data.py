@@ -799,22 +799,34 @@ class EpochBatches:
 
     `n` samples in batches of `batch`; the order of an epoch is a permutation drawn from `(seed, epoch)`, or 0..n-1
     without `shuffle`; `drop_last` leaves out a smaller last batch. `set_epoch(e, start=k)` chooses the epoch and
-    the batch to begin with. Iterating yields lists of (int, int). `ValueError` when not one batch can be made.
-    Source: own.
+    the batch to begin with. `process` = (k, n): of every batch the share of process k of n; with `divide(parts)`, also
+    as an attribute, a batch comes in so many parts one after the other, and `start` and the length count parts. `turns`
+    is a slice of the batches. Iterating yields lists of (int, int). `ValueError` when not one batch can be made, or not
+    every process and part can have a picture. Source: own.
     """
-    def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False):
+    turns = slice(None)
+
+    def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False, process=(0, 1)):
         if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"no batch of {batch} from {n} pictures")
+        if batch % process[1]: raise ValueError(f"batch={batch}: {process[1]} processes cannot share it equally")
         self.n, self.batch_size, self.shuffle, self.seed, self.drop_last = n, batch, shuffle, seed, drop_last
-        self.epoch = self.start = 0
+        self.process, self.parts, self.epoch, self.start = process, 1, 0, 0
+
+    def divide(self, parts):
+        if parts * self.process[1] > self.batch_size: raise ValueError(f"batch={self.batch_size}: no {parts} parts")
+        self.parts = parts
 
     def set_epoch(self, epoch, start=0): self.epoch, self.start = epoch, start
-    def __len__(self): return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+    def __len__(self):
+        return self.parts * (self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size))
 
     def __iter__(self):
-        epoch, start = self.epoch, self.start
+        epoch, size, (process, world) = self.epoch, self.batch_size, self.process
         order = np.random.default_rng([self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
-        for k in range(start, len(self)):
-            yield [(epoch, i) for i in order[k * self.batch_size:(k + 1) * self.batch_size].tolist()]
+        for k in range(self.start, len(self))[self.turns]:
+            whole, part = divmod(k, self.parts)
+            batch = order[whole * size:(whole + 1) * size]
+            yield [(epoch, i) for i in batch[part * world + process::self.parts * world].tolist()]
 
 def _calm(worker):
     "Ctrl-C and SIGTERM reach the whole process group; the main process alone decides, and saves in peace."
@@ -854,7 +866,7 @@ def collate(items):
     targets = torch.cat([place[:, None].float(), torch.cat(targets)], 1)
     return torch.stack(images), targets, torch.tensor(indices), torch.stack(params)
 
-def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None):
+def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None, process=(0, 1)):
     """Batches of a data set, the same whatever the number of workers.
 
     Parameters
@@ -869,6 +881,8 @@ def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None):
         Of the order; default the data set's.
     drop_last : bool, optional
         Default: as `shuffle`.
+    process : (int, int)
+        This process and how many there are: each gets its share of every batch.
 
     Returns
     -------
@@ -887,5 +901,6 @@ def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None):
     seed, drop_last = ds.seed if seed is None else seed, shuffle if drop_last is None else drop_last
     context = "fork" if hasattr(os, "fork") else None
     many = dict(persistent_workers=True, timeout=60, multiprocessing_context=context) if workers else {}
-    return DataLoader(ds, batch_sampler=EpochBatches(len(ds), batch, shuffle, seed, drop_last), num_workers=workers,
-                      collate_fn=collate, worker_init_fn=_calm, pin_memory=torch.cuda.is_available(), **many)
+    sampler = EpochBatches(len(ds), batch, shuffle, seed, drop_last, process)
+    return DataLoader(ds, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
+                      worker_init_fn=_calm, pin_memory=torch.cuda.is_available(), **many)

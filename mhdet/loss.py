@@ -288,6 +288,13 @@ def _cost(loss, logit, target=None, pos_weight=1.):
     if loss.gamma: return focal(logit, target, loss.gamma, loss.alpha, pos_weight)
     return bce(logit, target, pos_weight)
 
+def _positives(own, sizes, training):
+    "Positives by level and head (L, nh), and how many processes share the batch: all in training, else each is alone."
+    n, group = torch.stack([o.sum(0) for o in own.split(sizes)]), torch.distributed
+    if not (training and group.is_available() and group.is_initialized()): return n, 1
+    group.all_reduce(n)
+    return n, group.get_world_size()
+
 def _rebalance(balance, levels, strides):
     balance = .9999 * balance + .0001 / levels
     return balance / balance[strides.index(16)]
@@ -306,7 +313,9 @@ class RoutedLoss(nn.Module):
 
     Called with raw maps, a list of L Tensors (B, A * (5 nh + nc), H, W) in any memory layout and precision, and
     targets (M, 6), it returns a dict of float32 scalars: `loss`, times the batch size, the only one with a graph;
-    `box`, `obj`, `cls` with gains and head weights; `h0/box`, `h0/obj`, `h0/cls`, `h1/box`, ... without either.
+    `box`, `obj`, `cls` with gains and head weights; `h0/box`, `h0/obj`, `h0/cls`, `h1/box`, ... without either. In
+    several processes positives are counted over all of them: the whole batch's `loss` is the sum of theirs, its other
+    terms are the means.
     `ValueError`: an option that does not exist (the allowed ones are named), maps that do not fit the partition.
     Source: own; for one head Wang, Bochkovskiy, Liao 2022; `reduce="head"` is the router of Yolov7fast.
     """
@@ -345,8 +354,8 @@ class RoutedLoss(nn.Module):
         over = _crossed(raws, targets, self) if self.others == "ignore_iou" and nh > 1 else None
         levels = _presence(self, obj, boxes[..., 4], quality, head, m, over)
         own = F.one_hot(head, nh)
-        n = torch.stack([o.sum(0) for o in own.split(m.sizes)])                                 # (L, nh) positives
-        mean = own / (n if self.reduce == "head" else n.sum(1, keepdim=True)).clamp(min=1)[m.level]
+        n, world = _positives(own, m.sizes, rows.requires_grad)
+        mean = own * world / (n if self.reduce == "head" else n.sum(1, keepdim=True)).clamp(min=1)[m.level]
         box, cls = ((v[:, None] * mean).sum(0) for v in (miss, _classes(self, logits, m.cls, head)))
         terms = torch.stack([box, (levels * self.balance[:, None]).sum(0), cls])                # (3, nh)
         if self.autobalance: self.balance = _rebalance(self.balance, levels.detach() @ self.weights, self.strides)

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['FLOW', 'param_groups', 'sgd', 'Schedule', 'EMA', 'FreezeStages', 'MultiScale', 'Recorder', 'rewrite', 'Checkpoint',
-           'NaNGuard', 'Deadline', 'EarlyStop', 'Progress']
+           'write_flow', 'NaNGuard', 'Deadline', 'EarlyStop']
 
 # %% ../nbs/13_policy.ipynb #4fa8297c
 import copy, csv, json, math, time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from tqdm.std import tqdm
 
 from .learner import Callback, NonFinite, StopFit
-from .store import resume_state, rng_state, save, write_atomic
+from .store import read_meta, resume_state, rng_state, save, write_atomic
 
 # %% ../nbs/13_policy.ipynb #a03195e3
 def param_groups(model, lr, weight_decay):
@@ -81,14 +81,15 @@ class Schedule(Callback):
     """Learning rate and momentum of every step: warm-up, then a half cosine to `lr * lrf`, or another shape.
 
     `warmup` in epochs, at most a tenth of the run; meanwhile the rate rises to `lr`, momentum from
-    `warmup_momentum` to `momentum`, and the rate of groups of kind `bias` comes down from min(`warmup_bias_lr`, 10
-    lr). `at` is the pure function behind it. `kind` is `cosine`; `constant`; `step`: times `lrf` at each epoch of
-    `parts`; or `restarts`: by epochs, `warmup` whole ones linear, then a half cosine for each (height, epochs) of
-    `parts`, height as a share of `lr`, then 0, momentum constant. Another kind, or one without its parts, raises
-    `ValueError`. Source: the YOLOv7-tiny recipe; Loshchilov and Hutter 2017; `restarts`: the three-scale log.
+    `warmup_momentum` to `momentum`, and the rate of groups of kind `bias` comes down from `warmup_bias_lr` (None: .1 or
+    10 lr, the smaller). `at` is the pure function behind it. `kind` is `cosine`; `constant`; `step`: times `lrf` at
+    each epoch of `parts`; or `restarts`: by epochs, `warmup` whole ones linear, then a half cosine for each (height,
+    epochs) of `parts`, height as a share of `lr`, then 0, momentum constant. `span` = (first, end) epochs, counted from
+    0: elsewhere it does nothing, and its run is the span. Another kind, or one without its parts, raises `ValueError`.
+    Source: the YOLOv7-tiny recipe; Loshchilov and Hutter 2017; `restarts`: the three-scale log.
     """
-    def __init__(self, lr, lrf=.01, warmup=3., kind="cosine", momentum=.937, warmup_momentum=.8, warmup_bias_lr=.1,
-                 parts=()):
+    def __init__(self, lr, lrf=.01, warmup=3., kind="cosine", momentum=.937, warmup_momentum=.8, warmup_bias_lr=None,
+                 parts=(), span=None):
         kinds = "cosine", "constant", "step", "restarts"
         if kind not in kinds: raise ValueError(f"schedule={kind}: allowed are {', '.join(kinds)}")
         if not parts and kind in kinds[2:]: raise ValueError(f"schedule={kind}: lr_parts are due")
@@ -96,7 +97,8 @@ class Schedule(Callback):
             raise ValueError(f"lr_parts={parts}: epochs for step, [share, epochs] each for restarts")
         self.parts = list(parts)
         self.lr, self.lrf, self.warmup, self.kind = lr, lrf, warmup, kind
-        self.momentum, self.warmup_momentum, self.bias_lr = momentum, warmup_momentum, min(warmup_bias_lr, 10 * lr)
+        self.momentum, self.warmup_momentum, self.span = momentum, warmup_momentum, span
+        self.bias_lr = min(.1, 10 * lr) if warmup_bias_lr is None else warmup_bias_lr
 
     def at(self, step, steps_per_epoch, epochs):
         "Rate, rate of biases and momentum of an optimiser step (counted from 0)."
@@ -122,7 +124,9 @@ class Schedule(Callback):
         return 0.
 
     def before_batch(self, learner):
-        now = self.at(learner.steps, learner.steps_per_epoch, learner.epochs)
+        first, end = self.span or (0, learner.epochs)
+        if not first <= learner.epoch < end: return
+        now = self.at(learner.steps - first * learner.steps_per_epoch, learner.steps_per_epoch, end - first)
         for g in learner.optimizer.param_groups:
             g["lr"], g["momentum"] = now["bias_lr" if g.get("kind") == "bias" else "lr"], now["momentum"]
 
@@ -159,21 +163,45 @@ class EMA(Callback):
 class FreezeStages(Callback):
     """Keeps parts of a model exactly as they are: no gradients, and normalisation in its eval form.
 
-    `parts` is an ordered dict name -> module, or layer number -> module. `until` says which: a number N, all layers
-    with a smaller number; a name, this part and all before it; a list, exactly those. `frozen` are the modules. An
-    unknown name or number raises `ValueError` with the known ones. Source: own; layer numbers as in the `freeze N`
-    of YOLO trainers.
+    `parts` is an ordered dict name or layer number -> module. `until` says which: a number N, all layers with a smaller
+    number; a name, this part and all named before it; a list, exactly those; None, none; or a dict of these, by the
+    epoch (counted from 0) from which each holds. `frozen` are the modules of now. What freezes loses its momentum, and
+    thaws with none. An unknown name or number raises `ValueError` with the known ones.
+    Source: own; layer numbers as in the `freeze N` of YOLO trainers.
     """
     def __init__(self, parts, until):
-        known = list(parts)
+        self.parts = parts
+        stages = until if isinstance(until, dict) else {0: until}
+        self.stages = {first: self.choose(u) for first, u in sorted(stages.items())}
+        self.hold(next(iter(self.stages.values())))
+
+    def choose(self, until):
+        "Keys of the parts that are frozen."
+        known = [k for k in self.parts if type(k) is type(until)]
         if isinstance(until, str) and until in known: chosen = known[:known.index(until) + 1]
-        elif isinstance(until, int): chosen = [k for k in known if isinstance(k, int) and k < until]
-        else: chosen = [until] if isinstance(until, str) else list(until)
-        if not set(chosen) <= set(known) or (until and not chosen):
-            raise ValueError(f"freeze={until}: known parts are {', '.join(map(str, known))}")
-        self.frozen = [parts[k] for k in chosen]
+        elif isinstance(until, int): chosen = [k for k in known if k < until]
+        else: chosen = [until] if isinstance(until, str) else list(until or ())
+        if not set(chosen) <= set(self.parts) or (until and not chosen):
+            names, numbers = ([k for k in self.parts if isinstance(k, kind)] for kind in (str, int))
+            numbers = [f"numbers up to {max(numbers) + 1}"] if numbers else []
+            raise ValueError(f"freeze={until}: known parts are {', '.join(names + numbers)}")
+        return chosen
+
+    def hold(self, chosen):
+        self.chosen, self.frozen = chosen, [self.parts[k] for k in chosen]
+        for part in self.parts.values(): part.requires_grad_(True)
         for part in self.frozen: part.requires_grad_(False)
         self.inside = [m for part in self.frozen for m in part.modules()]
+
+    def before_epoch(self, learner):
+        chosen = [c for first, c in self.stages.items() if first <= learner.epoch][-1]
+        if chosen == self.chosen: return
+        self.hold(chosen)
+        momentum = learner.optimizer.state
+        for p in learner.model.parameters():
+            if not p.requires_grad: momentum.pop(p, None)
+            elif p not in momentum: momentum[p] = dict(momentum_buffer=torch.zeros_like(p))   # fused: all or none
+        learner.wrap()
 
     def before_batch(self, learner):
         for m in self.inside: m.training = False       # whoever called model.train() in between
@@ -204,22 +232,23 @@ class MultiScale(Callback):
 
 # %% ../nbs/13_policy.ipynb #0584b494
 class Recorder(Callback):
-    """One row of a `JsonLog` an epoch, also left in `learner.row`.
+    """One row of a `JsonLog` an epoch, also left in `learner.row`, and the whole log as CSV beside it.
 
     Keys: `epoch` (finished ones), `steps`, `lr`, `train/NAME` of every loss term (mean over batches; `train/loss`
     per picture), `seconds` of training, `pictures_per_s`, `busy` (share of the time not spent waiting for data),
-    then those of `evaluate(learner)`, a dict of JSON values, called every `every` epochs and after the last, with
-    `eval_seconds`. A key `dev/NAME` that is not finite is a `NonFinite`, and no row; the other errors are those of
-    `evaluate` and of the log's file. Source: own.
+    then those of `evaluate(learner)`, a dict of JSON values, called every `every` epochs after the first `after`, and
+    after the last, with `eval_seconds`. In several processes figures are of the whole batch; the first one writes. A
+    key `dev/NAME` that is not finite is a `NonFinite`, and no row; the other errors are those of `evaluate` and of the
+    files. Source: own.
     """
-    def __init__(self, log, evaluate=None, every=1):
-        self.log, self.evaluate, self.every = log, evaluate, every
+    def __init__(self, log, evaluate=None, every=1, after=0):
+        self.log, self.evaluate, self.every, self.after = log, evaluate, every, after
         self.past, self.sums, self.batches, self.names = {}, None, 0, []
 
     def before_fit(self, learner):
         rows = self.log.rows()
         kept = [r for r in rows if r["epoch"] <= learner.epoch]
-        if rows: rewrite(self.log.path, kept)
+        if self.log.path.exists() and learner.accelerator.is_main_process: rewrite(self.log.path, kept)
         learner.row = kept[-1] if kept else {}
 
     def before_epoch(self, learner):
@@ -233,18 +262,22 @@ class Recorder(Callback):
         self.batches, self.pictures, self.names = self.batches + 1, self.pictures + len(learner.data[0]), learner.names
 
     def after_epoch(self, learner):
-        sums, seconds = self.sums.tolist(), time.perf_counter() - self.start
+        sums, seconds = learner.accelerator.reduce(self.sums, "mean").tolist(), time.perf_counter() - self.start
         share = lambda k: self.pictures if k == "loss" else self.batches
         means = {f"train/{k}": v / share(k) for k, v in zip(self.names, sums)}
-        row = dict(epoch=learner.epoch, steps=learner.steps, lr=learner.optimizer.param_groups[0]["lr"], **means,
-                   seconds=seconds, pictures_per_s=self.pictures / seconds, busy=max(0., 1 - learner.waited / seconds))
-        if self.evaluate and (learner.epoch % self.every == 0 or learner.epoch >= learner.epochs):
+        speed = dict(pictures_per_s=self.pictures * learner.world / seconds, busy=max(0., 1 - learner.waited / seconds))
+        lr = learner.optimizer.param_groups[0]["lr"]
+        row = dict(epoch=learner.epoch, steps=learner.steps, lr=lr, **means, seconds=seconds, **speed)
+        due = learner.epoch > self.after and learner.epoch % self.every == 0
+        if self.evaluate and (due or learner.epoch >= learner.epochs):
             start = time.perf_counter()
             row |= (found := self.evaluate(learner))
             row["eval_seconds"] = time.perf_counter() - start
             losses = {k: v for k, v in found.items() if k.startswith("dev/")}
             if not all(map(math.isfinite, losses.values())): raise NonFinite(learner.steps, losses, "val nan")
-        if learner.accelerator.is_main_process: self.log.append(**row)
+        if learner.accelerator.is_main_process:
+            self.log.append(**row)
+            write_atomic(self.log.path.with_suffix(".csv"), pd.DataFrame(self.log.rows()).to_csv(index=False).encode())
         learner.row, self.sums, self.batches = row, None, 0
 
     def state_dict(self):
@@ -254,6 +287,7 @@ class Recorder(Callback):
 
     def load_state_dict(self, state): self.past = state
 
+# %% ../nbs/13_policy.ipynb #e99f53a9
 def rewrite(path, rows):
     """Replace a log of JSON lines by these rows, whole or not at all.
 
@@ -277,10 +311,10 @@ def rewrite(path, rows):
 class Checkpoint(Callback):
     """Stores `run/last` (whole state), `run/best` and `run/epoch_NNN` (judged weights, key `model`).
 
-    `last` after every epoch, every `save_steps` optimiser steps, and when a fit is stopped; `best` when
-    `learner.row[best]` is a new largest; `epoch_NNN` every `keep_every` epochs. `meta` (JSON) is stored with each,
-    joined by epoch, batch, steps and row. To be put last in the list, so that what the others changed is stored.
-    `OSError` when a state cannot be written; the one before stays. Source: own.
+    `last` before the first step, after every epoch, every `save_steps` optimiser steps, and when a fit is stopped;
+    `best` when `learner.row[best]` is a new largest; `epoch_NNN` every `keep_every` epochs. `meta` (JSON) is stored
+    with each, joined by epoch, batch, steps and row. To be put last in the list, so that what the others changed is
+    stored. `OSError` when a state cannot be written; the one before stays. Source: own.
     """
     def __init__(self, run, keep_every=0, save_steps=0, best=None, meta=None):
         self.run, self.key, self.meta = Path(run), best, meta or {}
@@ -291,6 +325,9 @@ class Checkpoint(Callback):
         if not learner.accelerator.is_main_process: return
         place = dict(epoch=learner.epoch, batch=learner.batch, steps=learner.steps, row=learner.row)
         save(self.run / name, tree, self.meta | place)
+
+    def before_fit(self, learner):
+        if not learner.steps and not read_meta(self.run / "last"): self.save_last(learner)
 
     def save_last(self, learner):
         self.at = learner.epoch, learner.batch
@@ -318,15 +355,46 @@ class Checkpoint(Callback):
 # %% ../nbs/13_policy.ipynb #b68436b0
 FLOW = "epoch load_epoch old_seed new_seed step terms reason".split()
 
+def write_flow(run, learner, epoch, seeds, error):
+    """Append a row to the flow table of a run, `restarts.csv`; the first process does it.
+
+    Parameters
+    ----------
+    run : Path
+    learner : Learner
+        After its return: `epoch` is what was loaded.
+    epoch : int
+        The one that failed, counted from 1.
+    seeds : (int, int)
+        Old and new.
+    error : NonFinite or OutOfMemory
+
+    Raises
+    ------
+    OSError
+        Not written.
+
+    References
+    ----------
+    own; the flow table of the three-scale experiment log.
+    """
+    if not learner.accelerator.is_main_process: return
+    path, bad = run / "restarts.csv", " ".join(k for k, v in error.terms.items() if not math.isfinite(v))
+    head = [] if path.exists() else [FLOW]
+    with path.open("a", newline="", encoding="utf8") as f:
+        rows = [*head, [epoch, learner.epoch, *seeds, error.step, bad, error.reason]]
+        csv.writer(f, lineterminator="\n").writerows(rows)
+
 class NaNGuard(Callback):
     """Returns to `run/last` when a loss is no number, takes the next seed, and writes a row of `run/restarts.csv`.
 
-    `seeds` are the first one and those to follow; when they are used up each next is the last and one. `reseed(seed)`
-    makes the data follow. After `limit` returns in one epoch, or without a stored state, the `NonFinite` is raised.
-    A state stored in mid-epoch is gone on with in the order of the new seed: some pictures of that epoch come twice.
-    The row: the epoch that failed and the finished ones that were loaded (counted from 1 and 0), both seeds, the
-    optimiser steps done, the terms that were not finite, `nan` or `val nan`. `OSError` when it cannot be written.
-    Source: own; the flow table of the three-scale experiment log.
+    Also when a batch does not fit into memory: the seed stays, and each batch comes in twice as many parts. `seeds`
+    are the first one and those to follow; when they are used up each next is the last and one. `reseed(seed)` makes
+    the data follow. After `limit` returns in one epoch, or without a stored state, the `NonFinite` is raised. A state
+    stored in mid-epoch is gone on with in the order of the new seed: some pictures of that epoch come twice. The row:
+    the epoch that failed and the finished ones that were loaded (counted from 1 and 0), both seeds, the optimiser
+    steps done, the terms that were not finite, `nan`, `val nan` or `out of memory`. `OSError`: not written. Source:
+    own; the flow table of the three-scale experiment log.
     """
     def __init__(self, run, seeds, reseed, limit=3):
         self.run, self.seeds, self.reseed, self.limit = Path(run), list(seeds), reseed, limit
@@ -341,13 +409,16 @@ class NaNGuard(Callback):
         self.taken = taken + 1                                    # the state that was loaded knows an older count
         old, new = self.seed(taken), self.seed(taken + 1)
         self.reseed(new)
-        bad = " ".join(k for k, v in error.terms.items() if not math.isfinite(v))
-        path = self.run / "restarts.csv"
-        fresh = not path.exists()
-        if learner.accelerator.is_main_process:
-            with path.open("a", newline="", encoding="utf8") as f:
-                rows = csv.writer(f, lineterminator="\n")
-                rows.writerows([FLOW] * fresh + [[epoch, learner.epoch, old, new, error.step, bad, error.reason]])
+        write_flow(self.run, learner, epoch, (old, new), error)
+        return True
+
+    def on_memory(self, learner, error):
+        epoch, taken, parts = learner.epoch + 1, self.taken, 2 * learner.parts
+        if resume_state(self.run / "last", learner) is None: return False
+        try: learner.divide(parts)
+        except ValueError: return False                           # one picture a part, and still too much
+        if taken: self.load_state_dict({"taken": taken})
+        write_flow(self.run, learner, epoch, [self.seed(taken)] * 2, error)
         return True
 
     def state_dict(self): return {"taken": self.taken} if self.taken else {}
@@ -356,7 +427,7 @@ class NaNGuard(Callback):
         self.taken = state["taken"]
         self.reseed(self.seed(self.taken))
 
-# %% ../nbs/13_policy.ipynb #32af89be
+# %% ../nbs/13_policy.ipynb #4b54eb79
 class Deadline(Callback):
     """Stops a fit, in good order, after `max_hours` of wall clock; `learner.stopped` is `max_hours`.
 
@@ -370,7 +441,7 @@ class Deadline(Callback):
     def before_fit(self, learner): self.start = time.monotonic()
 
     def after_batch(self, learner):
-        if not learner.pending and time.monotonic() - self.start > self.seconds: raise StopFit("max_hours")
+        if time.monotonic() - self.start > self.seconds: learner.asked.append("max_hours")
 
 class EarlyStop(Callback):
     """Ends a fit when `learner.row[key]` has not grown by more than `min_delta` for `patience` checks.
@@ -391,25 +462,3 @@ class EarlyStop(Callback):
 
     def state_dict(self): return {"best": self.best, "since": self.since} if math.isfinite(self.best) else {}
     def load_state_dict(self, state): self.best, self.since = state["best"], state["since"]
-
-class Progress(Callback):
-    """A bar of the epoch and a line after it, on a terminal; silent elsewhere.
-
-    `show` are keys of the log row for that line. Never waits for the device. Raises nothing. Source: own, on tqdm.
-    """
-    def __init__(self, show=("train/loss",)): self.show, self.bar = show, None
-
-    def before_epoch(self, learner):
-        if self.bar: self.bar.close()                                           # an epoch that was left and begun again
-        self.bar = tqdm(total=learner.n_batches, initial=learner.batch, disable=None, leave=False,
-                        desc=f"epoch {learner.epoch + 1}/{learner.epochs}")
-
-    def after_batch(self, learner): self.bar.update()
-
-    def after_epoch(self, learner):
-        self.bar.close()
-        facts = [f"{k} {learner.row[k]:.4g}" for k in self.show if k in learner.row]
-        if not self.bar.disable: tqdm.write(f"epoch {learner.epoch}/{learner.epochs}  " + "  ".join(facts))
-
-    def after_fit(self, learner):
-        if self.bar: self.bar.close()
