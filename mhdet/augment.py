@@ -50,7 +50,7 @@ def hflip(image, boxes, vertical=False):
 
 # %% ../nbs/03_augment.ipynb #9e4fc315
 GREY = 114.                                     # what is shown where there is no picture
-_AXIS = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+_SAME, _AXIS = torch.eye(3), torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
 def hsv(image, rng, h=.015, s=.7, v=.4):
     """Change hue, saturation and value by chance.
@@ -80,8 +80,8 @@ def hsv(image, rng, h=.015, s=.7, v=.4):
     if min(h, s, v) < 0: raise ValueError(f"hsv: strengths must not be negative, got {h}, {s}, {v}")
     turn, gs, gv = rng.uniform(-1, 1, 3) * [h * 2 * math.pi, s, v] + [0, 1, 1]
     cos = math.cos(turn)
-    mix = gv * (cos * torch.eye(3) + (1 - cos) / 3 + math.sin(turn) * _AXIS)
-    turned = torch.einsum("dc,chw->dhw", mix, image.float())
+    mix = gv * (cos * _SAME + (1 - cos) / 3 + math.sin(turn) * _AXIS)
+    turned = torch.tensordot(mix, image.float(), 1)
     peak = turned.amax(0)
     fit = (255 / peak).clamp_(max=1)                  # overexposed: the brightest channel stops at 255, the hue stays
     return torch.lerp(peak * fit, turned * fit, gs).clamp_(0, 255)
