@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'FORMAT', 'HEAD_COLORS', 'DataCfg', 'NetCfg', 'Stage', 'TrainCfg', 'Cfg', 'read_yaml', 'load_cfg', 'set_seed',
-           'environment', 'new_run', 'JsonLog', 'theme']
+           'environment', 'new_run', 'note_run', 'this_process', 'run_state', 'JsonLog', 'theme']
 
 # %% ../nbs/00_core.ipynb #6382b991
-import difflib, json, os, platform, random, re, shutil, subprocess, time
+import difflib, json, os, platform, random, re, shutil, socket, subprocess, time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import matplotlib as mpl
 import msgspec
 import numpy as np
+import psutil
 import torch
 import yaml
 
@@ -342,6 +343,74 @@ def new_run(cfg, root="runs", fill=None):
     (part / "env.json").write_text(json.dumps(environment(cfg.train.seed), indent=1), encoding="utf8")
     if fill: fill(part)
     return part.rename(run)
+
+
+def note_run(run, **facts):
+    """Write facts into the `env.json` of a run, whole or not at all.
+
+    Parameters
+    ----------
+    run : Path
+    **facts
+        JSON values; those of before are kept.
+
+    Raises
+    ------
+    FileNotFoundError
+        No run there.
+
+    References
+    ----------
+    own
+    """
+    env = json.loads((run / "env.json").read_text()) | facts
+    (run / "env.part").write_text(json.dumps(env, indent=1), encoding="utf8")
+    os.replace(run / "env.part", run / "env.json")
+
+def this_process():
+    """Host, number and start of this process: as `process` in `env.json` they say who trains a run.
+
+    Returns
+    -------
+    list
+        str, int, float (seconds since 1970).
+
+    Raises
+    ------
+    Nothing.
+
+    References
+    ----------
+    own
+    """
+    return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
+
+def run_state(run):
+    """Whether a run is being trained.
+
+    Parameters
+    ----------
+    run : Path
+
+    Returns
+    -------
+    str or None
+        `running`, `killed` (its process is gone without a word), `on HOST` (begun there: not known here), or None.
+
+    Raises
+    ------
+    FileNotFoundError
+        No run there.
+
+    References
+    ----------
+    own
+    """
+    at = json.loads((run / "env.json").read_text()).get("process")
+    if at is None: return None
+    if at[0] != socket.gethostname(): return f"on {at[0]}"
+    try: return "running" if psutil.Process(at[1]).create_time() == at[2] else "killed"
+    except psutil.NoSuchProcess: return "killed"
 
 # %% ../nbs/00_core.ipynb #7a4f04b5
 class JsonLog:

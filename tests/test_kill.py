@@ -64,14 +64,20 @@ def same(a, b):
         for k in a[3][name]: assert torch.equal(a[3][name][k], b[3][name][k]), (name, k)
 
 
+def steps(root):
+    from mhdet.store import read_meta
+    return read_meta(root / "run/last").get("steps", 0)
+
+
 def killed(root, workers, kills, rng):
-    "Kill a run so often, by turns at a disk operation and at any time, then let it end; how many died, and how many of them in a save."
+    "Kill a run so often, by turns after a stored state and at a disk operation, then let it end; how many died, and how many in a save."
     died = inside = 0
     while died < kills:
-        save = died % 2 == 0
-        child = start(root, workers, rng.randint(1, 14) if save else 0, .02)
+        save, before = died % 2 == 1, steps(root)
+        child = start(root, workers, rng.randint(1, 40) if save else 0, .02)
         if not save:
-            time.sleep(1.5 + 4 * rng.random())
+            while steps(root) == before and child.poll() is None: time.sleep(.01)
+            time.sleep(.4 * rng.random())
             if child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
         if child.wait(120) == 0: break                        # it was faster
         assert child.returncode == -signal.SIGKILL, child.returncode
