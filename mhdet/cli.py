@@ -193,11 +193,30 @@ def _train(names, chosen, resume: str = _opt(None, "A run to go on with.")):
     begun = [find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)] if resume else [chosen]
     run = train(load_cfg(*begun), resume=resume, root=ROOT)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
-    if stopped in SIGNALS: raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {run.name}")
+    name = run.relative_to(ROOT) if run.is_relative_to(ROOT) else run
+    if stopped in SIGNALS: raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {name}")
     last = (JsonLog(run / "log.jsonl").rows() or [{}])[-1]
     keys = "epoch AP50 AP P R train/box train/obj train/cls seconds".split()
     facts = dict(run=str(run), stopped=stopped) | {k: last.get(k) for k in keys}
     return facts, [facts]
+
+# %% ../nbs/21_cli.ipynb #148a2b74
+@_command(names=(1, 1), metavar="FILE [key=value]...")
+def _sweep(names, chosen, jobs: int = _opt(1, "Rows at a time."), row: int = _opt(None, "Only this one, from 0."),
+           listed: bool = _opt(False, "Show the commands that are due; train nothing.", "--list")):
+    """Every run a sweep file asks for; called again, it goes on.
+
+    Rows and sweep.csv are left in runs/NAME; choices given here are for all rows. Exit 1 if a row failed.
+    """
+    import shlex
+    from mhdet.sweep import sweep, sweep_command, sweep_rows
+    if listed:
+        due = {r["name"]: sweep_command(r) for r in sweep_rows(names[0], ROOT, chosen)}
+        text = {name: c and shlex.join(["mhdet", *c]) for name, c in due.items()}
+        rows = [dict(row=k, name=name, command=c) for k, (name, c) in enumerate(text.items())]
+        return rows, "\n".join(r["command"] or f"# {r['name']} is finished" for r in rows)
+    table = sweep(names[0], ROOT, jobs, row, chosen)
+    return table, table, (table["state"] == "failed").any() if row is None else table["state"][row] == "failed"
 
 # %% ../nbs/21_cli.ipynb #74838883
 GT, DT, SPLIT = _opt(None, "Truth, a COCO JSON."), _opt(None, "Answers, COCO results JSON."), "Of the run's data."
