@@ -641,7 +641,7 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
 
 # %% ../nbs/21_cli.ipynb #3ea01b89
 def _needs(cfg, nc=80):
-    "Bytes that weights and a batch in training need, in fp32: measured on one picture."
+    "Bytes that weights and a picture in training need, in fp32: measured on one."
     import torch
     from mhdet.experiment import build, make_loss
     model, kept = build(cfg.override(heads=None, weights=None), [str(i) for i in range(nc)]), {}
@@ -652,8 +652,19 @@ def _needs(cfg, nc=80):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = make_loss(cfg, model)(model(x), target)
     weights = sum(p.nbytes for p in model.parameters())
     del loss                                                                 # until here it holds what was kept
-    return 4 * weights, cfg.data.batch * (sum(kept.values()) - weights)      # weights, gradient, momentum, average
+    return 4 * weights, sum(kept.values()) - weights                         # weights, gradient, momentum, average
 
+def _batches(batch, free, weights, picture):
+    "Memory by batch size, doubled until one does not fit, and for the batch at hand; which is the largest that fits."
+    needs, fits = lambda b: weights + b * picture, lambda b: weights + b * picture <= free
+    sizes = [1]
+    while fits(sizes[-1]): sizes.append(2 * sizes[-1])
+    rows = [dict(batch=b, gib=round(needs(b) / 2 ** 30, 3), fits=fits(b)) for b in sorted({*sizes, batch})]
+    largest = max((r["batch"] for r in rows if r["fits"]), default=0)
+    note = lambda b: ", ".join(["largest that fits"] * (b == largest) + ["asked for"] * (b == batch))
+    return rows, _table([r | dict(fits="yes" if r["fits"] else "no", note=note(r["batch"])) for r in rows])
+
+# %% ../nbs/21_cli.ipynb #f30cf704
 @_command()
 def _doctor(names, chosen):
     """This machine, what a batch will need, what is wrong.
@@ -664,8 +675,9 @@ def _doctor(names, chosen):
     from mhdet.core import environment, load_cfg
     cfg, env, cuda = load_cfg(chosen), environment(), torch.cuda.is_available()
     d, gpu = cfg.data, cuda and cfg.train.device != "cpu"
-    (weights, batch), disk = _needs(cfg), shutil.disk_usage(".").free
+    (weights, picture), disk = _needs(cfg), shutil.disk_usage(".").free
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+    batch, (batches, table) = d.batch * picture, _batches(d.batch, free, weights, picture)
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else math.inf
     faults = {"device=cuda, but torch sees no GPU": cfg.train.device.startswith("cuda") and not cuda,
               "a GPU that torch cannot use: driver, or CPU build of torch": Path("/dev/nvidia0").exists() and not cuda,
@@ -679,10 +691,14 @@ def _doctor(names, chosen):
                   width=cfg.net.width, **{f"{k}_gib": round(v / 2 ** 30, 2) for k, v in sizes.items()})
     wrong = [k for k, bad in faults.items() if bad]
     text = [f"{k:18}{'-' if v is None else v}" for k, v in facts.items()]
-    return facts | dict(wrong=wrong), "\n".join([*text, "", *(wrong or ["nothing wrong"])]), bool(wrong)
+    text = "\n".join([*text, "", table, "", *(wrong or ["nothing wrong"])])
+    return facts | dict(batches=batches, wrong=wrong), text, bool(wrong)
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
     "JupyterLab in the right folder; more words go to it."
     here = next((p for p in (Path("nbs"), Path(__file__).resolve().parents[1] / "nbs") if p.is_dir()), Path("."))
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(here), *ctx.args])
+
+# %% ../nbs/21_cli.ipynb #a902fc7a
+if __name__ == "__main__" and globals().get("__spec__"): app()                 # python -m mhdet.cli; not in a notebook
