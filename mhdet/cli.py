@@ -193,11 +193,30 @@ def _train(names, chosen, resume: str = _opt(None, "A run to go on with.")):
     begun = [find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)] if resume else [chosen]
     run = train(load_cfg(*begun), resume=resume, root=ROOT)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
-    if stopped in SIGNALS: raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {run.name}")
+    name = run.relative_to(ROOT) if run.is_relative_to(ROOT) else run
+    if stopped in SIGNALS: raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {name}")
     last = (JsonLog(run / "log.jsonl").rows() or [{}])[-1]
     keys = "epoch AP50 AP P R train/box train/obj train/cls seconds".split()
     facts = dict(run=str(run), stopped=stopped) | {k: last.get(k) for k in keys}
     return facts, [facts]
+
+# %% ../nbs/21_cli.ipynb #148a2b74
+@_command(names=(1, 1), metavar="FILE [key=value]...")
+def _sweep(names, chosen, jobs: int = _opt(1, "Rows at a time."), row: int = _opt(None, "Only this one, from 0."),
+           listed: bool = _opt(False, "Show the commands that are due; train nothing.", "--list")):
+    """Every run a sweep file asks for; called again, it goes on.
+
+    Rows and sweep.csv are left in runs/NAME; choices given here are for all rows. Exit 1 if a row failed.
+    """
+    import shlex
+    from mhdet.sweep import sweep, sweep_command, sweep_rows
+    if listed:
+        due = {r["name"]: sweep_command(r) for r in sweep_rows(names[0], ROOT, chosen)}
+        text = {name: c and shlex.join(["mhdet", *c]) for name, c in due.items()}
+        rows = [dict(row=k, name=name, command=c) for k, (name, c) in enumerate(text.items())]
+        return rows, "\n".join(r["command"] or f"# {r['name']} is finished" for r in rows)
+    table = sweep(names[0], ROOT, jobs, row, chosen)
+    return table, table, (table["state"] == "failed").any() if row is None else table["state"][row] == "failed"
 
 # %% ../nbs/21_cli.ipynb #74838883
 GT, DT, SPLIT = _opt(None, "Truth, a COCO JSON."), _opt(None, "Answers, COCO results JSON."), "Of the run's data."
@@ -622,7 +641,7 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
 
 # %% ../nbs/21_cli.ipynb #3ea01b89
 def _needs(cfg, nc=80):
-    "Bytes that weights and a batch in training need, in fp32: measured on one picture."
+    "Bytes that weights and a picture in training need, in fp32: measured on one."
     import torch
     from mhdet.experiment import build, make_loss
     model, kept = build(cfg.override(heads=None, weights=None), [str(i) for i in range(nc)]), {}
@@ -633,8 +652,19 @@ def _needs(cfg, nc=80):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = make_loss(cfg, model)(model(x), target)
     weights = sum(p.nbytes for p in model.parameters())
     del loss                                                                 # until here it holds what was kept
-    return 4 * weights, cfg.data.batch * (sum(kept.values()) - weights)      # weights, gradient, momentum, average
+    return 4 * weights, sum(kept.values()) - weights                         # weights, gradient, momentum, average
 
+def _batches(batch, free, weights, picture):
+    "Memory by batch size, doubled until one does not fit, and for the batch at hand; which is the largest that fits."
+    needs, fits = lambda b: weights + b * picture, lambda b: weights + b * picture <= free
+    sizes = [1]
+    while fits(sizes[-1]): sizes.append(2 * sizes[-1])
+    rows = [dict(batch=b, gib=round(needs(b) / 2 ** 30, 3), fits=fits(b)) for b in sorted({*sizes, batch})]
+    largest = max((r["batch"] for r in rows if r["fits"]), default=0)
+    note = lambda b: ", ".join(["largest that fits"] * (b == largest) + ["asked for"] * (b == batch))
+    return rows, _table([r | dict(fits="yes" if r["fits"] else "no", note=note(r["batch"])) for r in rows])
+
+# %% ../nbs/21_cli.ipynb #f30cf704
 @_command()
 def _doctor(names, chosen):
     """This machine, what a batch will need, what is wrong.
@@ -645,8 +675,9 @@ def _doctor(names, chosen):
     from mhdet.core import environment, load_cfg
     cfg, env, cuda = load_cfg(chosen), environment(), torch.cuda.is_available()
     d, gpu = cfg.data, cuda and cfg.train.device != "cpu"
-    (weights, batch), disk = _needs(cfg), shutil.disk_usage(".").free
+    (weights, picture), disk = _needs(cfg), shutil.disk_usage(".").free
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+    batch, (batches, table) = d.batch * picture, _batches(d.batch, free, weights, picture)
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else math.inf
     faults = {"device=cuda, but torch sees no GPU": cfg.train.device.startswith("cuda") and not cuda,
               "a GPU that torch cannot use: driver, or CPU build of torch": Path("/dev/nvidia0").exists() and not cuda,
@@ -660,10 +691,14 @@ def _doctor(names, chosen):
                   width=cfg.net.width, **{f"{k}_gib": round(v / 2 ** 30, 2) for k, v in sizes.items()})
     wrong = [k for k, bad in faults.items() if bad]
     text = [f"{k:18}{'-' if v is None else v}" for k, v in facts.items()]
-    return facts | dict(wrong=wrong), "\n".join([*text, "", *(wrong or ["nothing wrong"])]), bool(wrong)
+    text = "\n".join([*text, "", table, "", *(wrong or ["nothing wrong"])])
+    return facts | dict(batches=batches, wrong=wrong), text, bool(wrong)
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
     "JupyterLab in the right folder; more words go to it."
     here = next((p for p in (Path("nbs"), Path(__file__).resolve().parents[1] / "nbs") if p.is_dir()), Path("."))
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(here), *ctx.args])
+
+# %% ../nbs/21_cli.ipynb #a902fc7a
+if __name__ == "__main__" and globals().get("__spec__"): app()                 # python -m mhdet.cli; not in a notebook
