@@ -142,7 +142,8 @@ def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
             chosen = _chosen(_sources(ctx.obj, choices, keys), uses)
             with _aside():
                 value, text, *failed = f(named, chosen, **{k: v for k, v in options.items() if k not in keys})
-            typer.echo(json.dumps(_plain(value)) if as_json else text if isinstance(text, str) else _table(text))
+            if os.environ.get("RANK", "0") == "0":                          # of several processes the first one answers
+                typer.echo(json.dumps(_plain(value)) if as_json else text if isinstance(text, str) else _table(text))
             return int(any(failed))
         run.__signature__ = _signature(own, keys, metavar)
         app.command(f.__name__.strip("_"))(run)
@@ -183,7 +184,8 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
     return found, f"{_table(study_table(found))}\n\n{found['sentence']}\n{found['folder']}/report.md"
 
 @_command()
-def _train(names, chosen, resume: str = _opt(None, "A run to go on with.")):
+def _train(names, chosen, resume: str = _opt(None, "A run to go on with."),
+           trust: bool = _opt(False, "Open pickled weights, which may run code in them.", "--trust")):
     """Train one run.
 
     It is left in runs/NAME: run=NAME, else date, time and seed.
@@ -191,6 +193,7 @@ def _train(names, chosen, resume: str = _opt(None, "A run to go on with.")):
     from mhdet.core import JsonLog, load_cfg
     from mhdet.experiment import find_run, train
     begun = [find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)] if resume else [chosen]
+    if trust: begun.append(dict(trust=True))
     run = train(load_cfg(*begun), resume=resume, root=ROOT)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
     name = run.relative_to(ROOT) if run.is_relative_to(ROOT) else run
@@ -504,29 +507,32 @@ def _split(names, chosen, heads: str = _opt(..., "Head file."), out: str = _opt(
 # %% ../nbs/21_cli.ipynb #5f939728
 @_command("", (1, None), "RUN...")
 def _plot(names, chosen, out: str = _opt("figures", "Folder.")):
-    """Training dynamics as figures and CSVs.
+    """Training dynamics as figures and CSVs, and what the last epochs say.
 
     For runs that were judged also their confusion, ordered by head.
     """
     import matplotlib.pyplot as plt, pandas as pd
     from mhdet.core import JsonLog, theme
-    from mhdet.experiment import find_run, plot_runs
+    from mhdet.experiment import find_run, plateau, plot_runs
     from mhdet.partition import load_heads
     from mhdet.results import plot_confusion, read_confusion
     folders, out = {r: find_run(r, ROOT)[0] for r in names}, Path(out)
     theme()
-    figures, tables = {"dynamics.png": plot_runs(folders)[0].figure}, {}
+    figures, tables, ends = {"dynamics.png": plot_runs(folders)[0].figure}, {}, []
     for ref, run in folders.items():
         name = str(ref).strip("./").replace("/", "-")
-        tables[f"{name}.csv"] = pd.DataFrame(JsonLog(run / "log.jsonl").rows())
+        rows = JsonLog(run / "log.jsonl").rows()
+        tables[f"{name}.csv"] = pd.DataFrame(rows)
+        ends.append(dict(run=ref) | plateau(rows))
         if (run / "confusion.csv").is_file():
             ax = plot_confusion(*read_confusion(run / "confusion.csv"), load_heads(run / "heads.yaml").head_of)
             figures[f"confusion-{name}.png"] = ax.figure
+    tables["plateau.csv"] = pd.DataFrame(ends)
     out.mkdir(parents=True, exist_ok=True)
     for name, fig in figures.items(): fig.savefig(out / name), plt.close(fig)
     for name, table in tables.items(): table.to_csv(out / name, index=False)
     made = [str(out / name) for name in (*figures, *tables)]
-    return made, "\n".join(made)
+    return made, "\n".join([_table(ends), "", *made])
 
 @_command("")
 def _runs(names, chosen):

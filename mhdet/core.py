@@ -63,7 +63,8 @@ class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is trained: the width of the trunk, the head file, the weights to start from.
 
-    `heads` is a head file (none: one head); `weights` a run or a file; `transfer` how they are taken over.
+    `heads` is a head file (none: one head); `weights` a run or a file; `transfer` how they are taken over;
+    `trust` opens a file with pickled objects, which may run code in it.
     Errors as in `DataCfg`. Source: own.
     """
     width: float = .25
@@ -73,6 +74,7 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     norm_layer: Literal["bn", "gn"] = "bn"
     weights: str | None = None
     transfer: Literal["exact", "intersect", "none"] = "exact"
+    trust: bool = False
 
 # %% ../nbs/00_core.ipynb #ca598f63
 class Stage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

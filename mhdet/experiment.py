@@ -50,7 +50,7 @@ def find_run(ref, root="runs"):
     Raises
     ------
     FileNotFoundError
-        No such run, or no such state in it; says what there is.
+        No such run, or a state was named that it has not; says what there is.
 
     References
     ----------
@@ -60,7 +60,7 @@ def find_run(ref, root="runs"):
     folder = next((p for p in (Path(name), Path(root) / name) if (p / "config.yaml").is_file()), None)
     if folder is None: raise FileNotFoundError(f"{name}: no run there (looked for {Path(root) / name / 'config.yaml'})")
     state = folder / (f"epoch_{int(which):03d}" if which.isdigit() else which or "last")
-    if not state.is_dir():
+    if which and not state.is_dir():
         there = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name.startswith(("last", "best", "epoch")))
         raise FileNotFoundError(f"{ref}: no state '{state.name}' in {folder}; there is {', '.join(there) or 'none'}")
     return folder, state
@@ -132,7 +132,7 @@ def build(cfg, names, root="runs"):
     try: old = load_run(cfg.net.weights, root)[0]
     except FileNotFoundError:
         if not Path(cfg.net.weights).is_file(): raise
-        old = load_foreign(cfg.net.weights, Partition.single(names))
+        old = load_foreign(cfg.net.weights, Partition.single(names), cfg.net.trust)
     if cfg.net.transfer == "intersect":
         transfer(model, old.state_dict())
         return model

@@ -392,18 +392,20 @@ def to_foreign(model, fused=None):
     return out
 
 # %% ../nbs/08_heads.ipynb #ab537db1
-def read_tensors(path):
-    """Named tensors of a file; no code in it is run.
+def read_tensors(path, trust=False):
+    """Named tensors of a file; no code in it is run, unless it is trusted.
 
     Parameters
     ----------
     path : str or Path
         safetensors, or a torch file that holds only tensors (also under `model`, `state_dict` or `ema`).
+    trust : bool
+        Open pickled objects too, such as whole models: that may run any code in them.
 
     Returns
     -------
     dict
-        Name to Tensor.
+        Name to Tensor, float32 where the file has half precision.
 
     Raises
     ------
@@ -420,15 +422,20 @@ def read_tensors(path):
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError: pass
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    try: state = torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as e:                               # whatever a broken or hostile file makes torch raise
-        raise ValueError(f"{path}: not tensors alone (safetensors, torch weights): {str(e).split('.')[0]}") from None
-    for key in ("ema", "model", "state_dict"): state = state[key] if isinstance(state.get(key), dict) else state
-    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        why = f"not tensors alone (safetensors, torch weights): {str(e).split('.')[0]}"
+        hint = "" if trust else "; trust=true opens what is pickled, which may run code"
+        raise ValueError(f"{path}: {why}{hint}") from None
+    for key in ("ema", "model", "state_dict"):
+        state = (state.get(key) or state) if isinstance(state, dict) else state
+        state = state.state_dict() if isinstance(state, nn.Module) else state
+    if not isinstance(state, dict): raise ValueError(f"{path}: holds a {type(state).__name__}, weights by name are due")
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 # %% ../nbs/08_heads.ipynb #31657c5c
 @torch.no_grad()
-def load_foreign(source, partition):
+def load_foreign(source, partition, trust=False):
     """A detector from weights with the reference's names.
 
     Parameters
@@ -437,6 +444,8 @@ def load_foreign(source, partition):
         A file for `read_tensors`, or its tensors.
     partition : Partition
         Which class each head answers for, in the order of the file's rows.
+    trust : bool
+        As for `read_tensors`.
 
     Returns
     -------
@@ -452,7 +461,7 @@ def load_foreign(source, partition):
     ----------
     Names: Wang, Bochkovskiy, Liao 2022, public implementation.
     """
-    state = source if isinstance(source, dict) else read_tensors(source)
+    state = source if isinstance(source, dict) else read_tensors(source, trust)
     where = "tensors" if isinstance(source, dict) else str(source)
     if "model.76.conv.weight" not in state:
         raise ValueError(f"{where}: no 'model.76.conv.weight'; not a detector of this family")

@@ -415,7 +415,7 @@ class Learner(Loop):
         "Take back what `state_dict` gave; callbacks without a stored state stay as they are."
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for p, kept in self.optimizer.state.items():           # stored row by row; fused steps want the layout of weights
+        for p, kept in self.optimizer.state.items():         # stored row by row; fused steps want the layout of weights
             like = {k: v for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape}
             kept |= {k: torch.empty_like(p).copy_(v) for k, v in like.items()}
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -97,7 +97,7 @@ def _ended(row):
     folder = row["folder"]
     log, env = JsonLog(folder / "log.jsonl").rows(), folder / "env.json"
     why = json.loads(env.read_text()).get("stopped") if env.is_file() else None
-    by_itself = why and why not in ("SIGINT", "SIGTERM", "max_hours")
+    by_itself = why and why not in ("SIGINT", "SIGTERM", "max_hours", "failed")
     return bool(by_itself or log and log[-1]["epoch"] >= load_cfg(row["choices"]).train.epochs)
 
 def _word(key, value): return f"{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -99,7 +99,7 @@ def test_memory_that_runs_out_halves_the_batch(tmp_path, toys, monkeypatch):
 
 
 def test_the_golden_loss_curve(tmp_path, toys):
-    "Twenty steps; another device has another curve. `pytest tests/test_training.py` prints the new one where it differs."
+    "Twenty steps. With group norm and a small rate rounding does not grow; another device has another curve."
     golden = json.loads((ROOT / "tests/data/golden-loss.json").read_text())
 
     class Losses(Callback):
@@ -107,5 +107,5 @@ def test_the_golden_loss_curve(tmp_path, toys):
         def after_batch(self, learner): self.all.append(float(learner.values[0]))
 
     losses = Losses()
-    train(tmp_path, toys, "golden", "batch=2", "nominal_batch=2", "epochs=1", "lr=0.002", more=[losses, Stop(0, 20)])
-    assert losses.all == pytest.approx(golden["cpu"], rel=1e-4), losses.all
+    train(tmp_path, toys, "golden", "batch=2", "nominal_batch=2", "epochs=1", "lr=0.002", "norm_layer=gn", more=[losses, Stop(0, 20)])
+    assert losses.all == pytest.approx(golden["cpu"], rel=1e-5), losses.all
