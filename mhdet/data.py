@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'COLUMNS', 'VOC', 'SUFFIXES', 'TOY_FAMILIES', 'TOY_COMM
            'collate', 'loader']
 
 # %% ../nbs/02_data.ipynb #864f6cd7
-import atexit, json, multiprocessing, os, signal
+import atexit, inspect, json, multiprocessing, os, signal
 import xml.etree.ElementTree as ET
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +19,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from .boxes import letterbox, to_cxcywh
+from .cache import content_key, disk_array
 from .core import read_yaml
 
 # %% ../nbs/02_data.ipynb #b46f19fc
@@ -728,17 +731,34 @@ def _decode(records, i, size):
     square, params = letterbox(picture, size)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1), torch.tensor(params), picture.size
 
-def _decode_all(records, size):
-    "Records that can be decoded, their squares (n, 3, size, size) uint8, their letterbox numbers (n, 4)."
-    squares = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
-    params = torch.zeros(len(records), 4)
-    def work(i):
-        try: squares[i], params[i], old = _decode(records, i, size)
-        except Exception as e: return _fault(e)                          # decoders raise all sorts of things
-        return old
-    sizes = _each(work, len(records))
-    kept = torch.tensor([not isinstance(s, str) for s in sizes])
-    return _without(records, sizes), *((squares, params) if kept.all() else (squares[kept], params[kept]))
+def _squares_key(records, size):
+    "Names the squares of these pictures: by what decodes them and, for files, place, size and times."
+    code = [inspect.getsource(f) for f in (read_picture, letterbox, _decode)]
+    how = code, PIL.__version__, torchvision.__version__, size
+    if records.files is None:
+        return content_key(*how, records.pixels.shape, blake2b(np.ascontiguousarray(records.pixels)).hexdigest())
+    stats = ((os.path.abspath(f), os.stat(f)) for f in records.files)
+    return content_key(*how, [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats])
+
+def _decode_all(records, size, disk=None):
+    """Records that can be decoded, and of all: squares uint8 (n, 3, size, size), letterbox numbers (n, 4), rows kept.
+
+    `disk` is (folder, GB) for squares in a mapped file.
+    """
+    shape = (len(records), 3, size, size)
+    def fill(squares):
+        def work(i):
+            try: square, params, old = _decode(records, i, size)
+            except Exception as e: return _fault(e)                      # decoders raise all sorts of things
+            squares[i] = square
+            return [*old, *params.tolist()]
+        return _each(work, len(records))
+    squares = np.empty(0 if disk else shape, np.uint8)
+    if disk: squares, found = disk_array(disk[0], _squares_key(records, size), shape, fill, disk[1])
+    else: found = fill(squares)
+    kept = [i for i, f in enumerate(found) if not isinstance(f, str)]
+    params = torch.tensor([found[i][2:] for i in kept]).reshape(-1, 4)
+    return _without(records, [f if isinstance(f, str) else tuple(f[:2]) for f in found]), squares, params, kept
 
 # %% ../nbs/02_data.ipynb #568df859
 class DetDataset(torch.utils.data.Dataset):
@@ -746,17 +766,21 @@ class DetDataset(torch.utils.data.Dataset):
 
     `ds[i]` or `ds[(epoch, i)]` is `(image uint8 (3, S, S), targets float32 (m, 5) class cx cy w h in 0..1, i,
     params float32 (4,))`; `params` are those of `letterbox` and mean nothing after `augment`, a function `(ds, i,
-    rng) -> image, boxes, labels`. `square(i)` is the letterboxed `(image, boxes xyxy px, labels, params)`,
-    `tile(i)` the same without padding. `difficult="drop"` leaves difficult and crowd boxes out, `"train"` keeps
-    them. `cache="ram"` holds n * 3 * S * S bytes. `records` are what was readable. `ValueError`: unknown word, or
-    over 5 % unreadable. Source: own.
+    rng, epoch=0) -> image, boxes, labels`. `square(i)` is the letterboxed `(image, boxes xyxy px, labels, params)`,
+    its image a copy, `tile(i)` the same without padding. `difficult="drop"` leaves difficult and crowd boxes out,
+    `"train"` keeps them. n * 3 * S * S bytes of squares are held by `cache="ram"`, or, `"disk"`, in a file of
+    `cache_dir`, named after all that they depend on and mapped (`disk_array`); `"none"` decodes each time. `records`
+    are what was readable. `ValueError`: unknown word, over 5 % unreadable, or more than `cache_gb`. Source: own.
     """
-    def __init__(self, records, imgsz, augment=None, difficult="drop", cache="ram", seed=0):
-        for name, value, allowed in (("difficult", difficult, ("drop", "train")), ("cache", cache, ("ram", "none"))):
+    def __init__(self, records, imgsz, augment=None, difficult="drop", cache="ram", seed=0, cache_gb=40.,
+                 cache_dir="runs/.cache"):
+        words = ("difficult", difficult, ("drop", "train")), ("cache", cache, ("ram", "disk", "none"))
+        for name, value, allowed in words:
             if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed are {' and '.join(allowed)}")
         self.imgsz, self.augment, self.difficult, self.seed = imgsz, augment, difficult, seed
-        if cache == "ram": self.records, self.squares, self.params = _decode_all(records, imgsz)
-        else: self.records, self.squares, self.params = check_pictures(records), None, None
+        disk = (cache_dir, cache_gb) if cache == "disk" else None
+        if cache == "none": self.records, self.squares, self.params = check_pictures(records), None, None
+        else: self.records, self.squares, self.params, self._kept = _decode_all(records, imgsz, disk)
         rows = self.records.gt["image"]
         self._targets = (rows,) if self.squares is None else self._to_square(slice(None), self.params[rows])
         self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
@@ -775,7 +799,8 @@ class DetDataset(torch.utils.data.Dataset):
         if self.squares is None:
             image, params, _ = _decode(self.records, i, self.imgsz)
             return image, *self._to_square(rows, params[None])[1:], params
-        return self.squares[i], self._targets[1][rows], self._targets[2][rows], self.params[i]
+        image = torch.from_numpy(self.squares[self._kept[i]].copy())
+        return image, self._targets[1][rows], self._targets[2][rows], self.params[i]
 
     def tile(self, i):
         image, boxes, labels, params = self.square(i)
@@ -789,7 +814,7 @@ class DetDataset(torch.utils.data.Dataset):
         epoch, i = at if isinstance(at, tuple) else (0, at)
         if self.augment:
             params = torch.zeros(4)
-            image, boxes, labels = self.augment(self, i, np.random.default_rng([self.seed, epoch, i]))
+            image, boxes, labels = self.augment(self, i, np.random.default_rng([self.seed, epoch, i]), epoch=epoch)
         else: image, boxes, labels, params = self.square(i)
         return image, torch.cat([labels[:, None].float(), to_cxcywh(boxes) / self.imgsz], 1), i, params
 
