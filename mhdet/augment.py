@@ -242,7 +242,7 @@ def compose(cfg):
     Returns
     -------
     callable
-        `augment(ds, i, rng) -> image uint8 (3, S, S), boxes (m, 4) xyxy px, labels (m,)`, for `DetDataset`.
+        `augment(ds, i, rng, epoch=None) -> image uint8 (3, S, S), boxes (m, 4) xyxy px, labels (m,)`, for `DetDataset`.
 
     Raises
     ------
@@ -264,7 +264,7 @@ def compose(cfg):
         matrix = random_matrix(image.shape[1:], ds.imgsz, rng, cfg.degrees, cfg.translate, cfg.scale, cfg.shear)
         return affine(image, boxes, labels, matrix, ds.imgsz)
 
-    def augment(ds, i, rng):
+    def augment(ds, i, rng, epoch=None):
         sample = warped(ds, i, rng)
         if rng.random() < cfg.mixup: sample = mixup(sample, warped(ds, int(rng.integers(len(ds))), rng), rng)
         image, boxes, labels = sample
