@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'COLUMNS', 'VOC', 'SUFFIXES', 'TOY_FAMILIES', 'TOY_COMM
            'collate', 'loader']
 
 # %% ../nbs/02_data.ipynb #864f6cd7
-import atexit, json, multiprocessing, os, signal
+import atexit, inspect, multiprocessing, os, signal
 import xml.etree.ElementTree as ET
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +19,17 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from .boxes import letterbox, to_cxcywh
-from .core import read_yaml
+from .cache import content_key, disk_array
+from .core import parsed, read_yaml
+from .files import as_flag, as_id, read_json, read_names
 
 # %% ../nbs/02_data.ipynb #b46f19fc
 @dataclass
@@ -161,19 +165,39 @@ def _refuse(where, bad, total):
         lost = f"{bad} of {total} pictures are missing or unreadable" if total else "no pictures"
         raise ValueError(f"{where}: {lost}; at most {UNREADABLE:.0%} may be missing" if bad else f"{where}: {lost}")
 
-def _four(values):
+def _number(v, kinds=(int, float)):
+    "A JSON number, or with kinds=(str,) a text, as float; NaN for anything else and what no picture measures."
+    try: v = float(v) if type(v) in kinds and not (type(v) is str and "_" in v) else np.nan
+    except (ValueError, OverflowError): return np.nan
+    return v if abs(v) < 1e18 else np.nan
+
+def _four(values, kinds=(int, float)):
     "Four numbers, or four NaN where the source holds anything else."
-    try: out = [float(v) for v in values]
-    except (TypeError, ValueError): out = []
+    out = [_number(v, kinds) for v in values]
     return out if len(out) == 4 else [np.nan] * 4
 
+def _stated(where, size):
+    "Width and height as an annotation states them; None where it does not (0)."
+    if not all(n >= 0 and n % 1 == 0 for n in size):
+        raise ValueError(f"{where}: width and height must be whole numbers")
+    return tuple(map(int, size)) if all(size) else None
+
+def _classes(where, names, ids):
+    try: return ClassMap(names, ids)
+    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+
 def _records(classes, pictures, rows, where, problems, **more):
-    "Records from pictures (id, file, size) and rows (image or -2: lost, label, x0, y0, x1, y1, ignore, crowd, area)."
+    """Records from pictures (id, file, size) and rows (image, label, x0, y0, x1, y1, ignore, crowd, area).
+
+    An image of -2 is lost, of -1 unknown, as is a label; a flag of NaN is none, and so is an area below 0.
+    """
     ids, files, sizes = ([p[k] for p in pictures] for k in range(3))
     a, sizes = np.array(rows, np.float64).reshape(-1, 9), np.array(sizes, np.int64).reshape(-1, 2)
-    box, good, size = a[:, 2:6], a[:, 0] != -2, sizes[a[:, 0].clip(0).astype(int)]
-    checks = {"annotation of an unknown picture": a[:, 0] < 0, "unknown category": a[:, 1] < 0,
-              "box not finite": ~np.isfinite(box).all(1), "box without area": ~(box[:, 2:] > box[:, :2]).all(1),
+    box, good, size = a[:, 2:6], np.ones(len(a), bool), sizes[a[:, 0].clip(0).astype(int)]
+    checks = {"annotation of a lost picture": a[:, 0] == -2, "annotation of an unknown picture": a[:, 0] < 0,
+              "unknown category": a[:, 1] < 0, "flag neither 0 nor 1": np.isnan(a[:, 6:8]).any(1),
+              "area below 0 or no number": a[:, 8] < 0, "box not finite": ~np.isfinite(box).all(1),
+              "box without area": ~(box[:, 2:] > box[:, :2]).all(1),
               "box outside its picture": (box[:, :2] >= size).any(1) | (box[:, 2:] <= 0).any(1)}
     for kind, bad in checks.items():
         for k in np.flatnonzero(bad & good): problems.setdefault(kind, []).append(where(k))
@@ -201,7 +225,7 @@ def _present(where, entries):
     "Entries (id, file, size or None) whose picture is there, the place of every id (-2: lost), and what is wrong."
     problems, pictures, place = {}, [], {}
     for id, file, size in entries:
-        there = file.is_file()
+        there = os.path.isfile(file)
         size = size or (_size(file) if there else "missing")
         kind = ("picture listed twice" if id in place else "picture without file" if not there
                 else "unreadable picture" if isinstance(size, str) else None)
@@ -212,14 +236,6 @@ def _present(where, entries):
     return pictures, place, problems
 
 # %% ../nbs/02_data.ipynb #22f3a808
-def _read_json(path):
-    "JSON as plain data; msgspec is fast, and refuses NaN, which the standard library reads."
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: return msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError: pass
-    try: return json.loads(path.read_text(encoding="utf8"))
-    except ValueError as e: raise ValueError(f"{path}: not JSON ({e})") from None
-
 def _picture_folder(path, images):
     "Where the pictures of a COCO file lie."
     root, word = path.parent.parent, path.stem.split("_")[-1]
@@ -227,7 +243,7 @@ def _picture_folder(path, images):
     inside = (f"images/{split}", f"images/{word}", word, f"{split}2017", "images", "")
     tried = [root / folder for folder in inside] + [path.parent]
     for f in tried:
-        if any((f / m["file_name"]).is_file() for m in images[:50]): return f
+        if any(os.path.isfile(f / m["file_name"]) for m in images[:50]): return f
     raise FileNotFoundError(f"{path}: its pictures are in none of {', '.join(dict.fromkeys(str(f) for f in tried))}")
 
 def read_coco(path, pictures=None):
@@ -236,7 +252,9 @@ def read_coco(path, pictures=None):
     Parameters
     ----------
     path : str or Path
-        The JSON; classes are its categories by rising id. `difficult` or `ignore` 1 on an annotation sets `ignore`.
+        The JSON; classes are its categories by rising id. `difficult` or `ignore` 1 on an annotation sets `ignore`. Ids
+        are whole numbers or texts, and never alike; those of annotations are not used. An annotation is skipped, and
+        listed, where a number is none (`true`, "5"), a flag neither 0 nor 1, an area below 0; without area it is w h.
     pictures : str or Path, optional
         The folder `file_name` is relative to; without it looked for in `../images/{train,val}`, `../{train,val}2017`,
         `../images`, `..` and beside the JSON.
@@ -250,30 +268,37 @@ def read_coco(path, pictures=None):
     FileNotFoundError
         No such file, or none of the folders holds a picture.
     ValueError
-        Not JSON, not COCO, a category twice, or more than 5 % of the pictures missing.
+        Not JSON, not COCO, an image or category without id or name, a category twice, or more than 5 % of the pictures
+        missing.
 
     References
     ----------
     Lin et al. 2014; cocodataset.org, data format.
     """
     path = Path(path)
-    data = _read_json(path)
+    data = read_json(path)
     data = data if isinstance(data, dict) else {}
     images, notes, cats = (data.get(k) for k in ("images", "annotations", "categories"))
     if not all(isinstance(part, list) for part in (images, notes, cats)):
         raise ValueError(f"{path}: a COCO file is an object with the lists images, annotations and categories")
-    if not all("id" in m and "file_name" in m for m in images):
-        raise ValueError(f"{path}: an image lacks id or file_name")
-    cats = sorted((c["id"], c["name"]) for c in cats)
-    classes = ClassMap([n for _, n in cats], [i for i, _ in cats])
+    for what, key, parts in (("image", "file_name", images), ("category", "name", cats)):
+        for k, m in enumerate(parts):
+            if not (isinstance(m, dict) and isinstance(m.get(key), str) and as_id(m.get("id")) is not None):
+                raise ValueError(f"{path}: {what} {k} lacks id or {key}, or has one that is none")
+    cats = sorted(((as_id(c["id"]), c["name"]) for c in cats), key=lambda c: (isinstance(c[0], str), c[0]))
+    classes = _classes(path, [n for _, n in cats], [i for i, _ in cats])
     base = Path(pictures) if pictures else _picture_folder(path, images)
-    size = lambda m: (m["width"], m["height"]) if "width" in m and "height" in m else None
-    present, place, problems = _present(base, ((m["id"], base / m["file_name"], size(m)) for m in images))
-    labels, rows = classes(a.get("category_id") for a in notes), []
-    for a, label in zip(notes, labels):
-        x, y, w, h = _four(a.get("bbox"))
-        flags = bool(a.get("difficult") or a.get("ignore")), bool(a.get("iscrowd"))
-        rows.append((place.get(a.get("image_id"), -1), label, x, y, x + w, y + h, *flags, a.get("area", np.nan)))
+    size = lambda k, m: _stated(f"{path}: image {k}", [_number(m.get(s) or 0) for s in ("width", "height")])
+    entries = ((as_id(m["id"]), base / m["file_name"], size(k, m)) for k, m in enumerate(images))
+    present, place, problems = _present(base, entries)
+    notes, rows = [a if isinstance(a, dict) else {} for a in notes], []
+    for a, label in zip(notes, classes(as_id(a.get("category_id")) for a in notes)):
+        box, area = a.get("bbox"), a.get("area")
+        x, y, w, h = _four(box if isinstance(box, list) else ())
+        flags = [as_flag(a.get(k)) for k in ("difficult", "ignore", "iscrowd")]
+        ignore = None if None in flags else flags[0] or flags[1]
+        area = np.nan if area is None else np.nan_to_num(_number(area), nan=-1.)
+        rows.append((place.get(as_id(a.get("image_id")), -1), label, x, y, x + w, y + h, ignore, flags[2], area))
     where = lambda k: f"{path.name}: annotation {notes[k].get('id', k)}"
     return _records(classes, present, rows, where, problems)
 
@@ -309,7 +334,7 @@ def read_voc(root, split, names=None):
     FileNotFoundError
         No list for this split.
     ValueError
-        More than 5 % of the pictures missing, or an annotation that is not XML.
+        More than 5 % of the pictures missing, an annotation that is not XML, or a size that is none.
 
     References
     ----------
@@ -318,23 +343,27 @@ def read_voc(root, split, names=None):
     root, trees = Path(root), {}
     listed = _voc_list(root, split)
     if listed is None: raise FileNotFoundError(f"{root}/ImageSets/Main: no list for split '{split}'")
-    stems = list(dict.fromkeys(line.split()[0] for line in listed.read_text().splitlines() if line.strip()))
-    for file in (root / "Annotations" / f"{s}.xml" for s in stems):
-        try: trees |= {file.stem: ET.parse(file).getroot()} if file.is_file() else {}
-        except ET.ParseError as e: raise ValueError(f"{file}: not XML ({e})") from None
+    lines = listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    stems = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+    xml = {s: root / "Annotations" / f"{s}.xml" for s in stems}
+    for s, file in xml.items():
+        if os.path.isfile(file): trees[s] = parsed(file, "XML", lambda: ET.parse(file).getroot())
+        if s in trees and trees[s].tag != "annotation": raise ValueError(f"{file}: an annotation is due at the top")
     if not trees:
         raise FileNotFoundError(f"{root}/Annotations: no XML for any of the {len(stems)} pictures in {listed.name}")
-    size = {s: [float(t.findtext(f"size/{k}") or 0) for k in ("width", "height")] for s, t in trees.items()}
-    entries = ((s, root / "JPEGImages" / f"{s}.jpg", size[s] if min(size[s]) > 0 else None) for s in trees)
+    side = lambda t, k: _number((t.findtext(f"size/{k}") or "").strip() or "0", (str,))
+    size = {s: _stated(xml[s], [side(t, "width"), side(t, "height")]) for s, t in trees.items()}
+    entries = ((s, root / "JPEGImages" / f"{s}.jpg", size[s]) for s in trees)
     present, place, problems = _present(root / "JPEGImages", entries)
     if len(trees) < len(stems): problems["picture without XML"] = [s for s in stems if s not in trees]
     owner = [(s, o) for s, t in trees.items() for o in t.findall("object")]
-    found = {o.findtext("name") for _, o in owner}
+    found = {o.findtext("name") for _, o in owner} - {None}
     names = list(names or (VOC if found <= set(VOC) else sorted(found)))
     classes, rows = ClassMap(names, list(names)), []
     for (s, o), label in zip(owner, classes(o.findtext("name") for _, o in owner)):
-        x0, y0, x1, y1 = _four(o.findtext(f"bndbox/{c}") for c in ("xmin", "ymin", "xmax", "ymax"))
-        rows.append((place[s], label, x0 - 1, y0 - 1, x1, y1, o.findtext("difficult") == "1", False, np.nan))
+        x0, y0, x1, y1 = _four((o.findtext(f"bndbox/{c}") for c in ("xmin", "ymin", "xmax", "ymax")), (str,))
+        difficult = as_flag((o.findtext("difficult") or "").strip())
+        rows.append((place[s], label, x0 - 1, y0 - 1, x1, y1, difficult, False, np.nan))
     where = lambda k: f"{owner[k][0]}.xml: {owner[k][1].findtext('name')}"
     return _records(classes, present, rows, where, problems, inclusive=True)
 
@@ -343,19 +372,20 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 def _beside(yaml, path):
     "A path of a YAML: relative to its folder, or to the working directory."
-    return next((p for p in (yaml.parent / path, Path(path)) if p.exists()), yaml.parent / path)
+    if not isinstance(path, str): raise ValueError(f"{yaml}: a path is due, got {str(path)[:200]!r}")
+    return next((p for p in (yaml.parent / path, Path(path)) if os.path.exists(p)), yaml.parent / path)
 
 def _yolo_line(line, w, h):
     "Class and xyxy px of a line `class cx cy w h` or `class x y x y x y ...`; NaN for anything else."
-    try: label, *v = (float(t) for t in line.split())
-    except ValueError: return -1, [np.nan] * 4
-    v = np.array(v)
-    if len(v) >= 6 and len(v) % 2 == 0: box = [v[::2].min(), v[1::2].min(), v[::2].max(), v[1::2].max()]
+    label, *v = (_number(t, (str,)) for t in line.split())
+    if len(v) >= 6 and len(v) % 2 == 0: box = [min(v[::2]), min(v[1::2]), max(v[::2]), max(v[1::2])]
     else:
         cx, cy, bw, bh = _four(v)
         box = [cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2]
+    if np.isnan(v).any(): box = [np.nan] * 4
     return label, np.array(box) * [w, h, w, h]
 
+# %% ../nbs/02_data.ipynb #50e4333d
 def read_yolo(path, split):
     """A split from a YOLO YAML and its text labels.
 
@@ -379,7 +409,7 @@ def read_yolo(path, split):
     KeyError
         The YAML lacks `names` or the split.
     ValueError
-        No pictures, or more than 5 % of them lost.
+        No pictures, or more than 5 % of them lost; names or paths that are none.
 
     References
     ----------
@@ -388,27 +418,31 @@ def read_yolo(path, split):
     path, spec = Path(path), read_yaml(path)
     for key in ("names", split):
         if not spec.get(key): raise KeyError(f"{path}: no '{key}'; a YOLO file states names, and train or val")
-    names = list(spec["names"].values() if isinstance(spec["names"], dict) else spec["names"])
+    try: names = read_names(spec["names"])
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
     root, files = _beside(path, spec.get("path", ".")), []
     for part in spec[split] if isinstance(spec[split], list) else [spec[split]]:
-        source = root / part
-        if source.is_dir(): files += sorted(f for f in source.rglob("*") if f.suffix.lower() in SUFFIXES)
-        elif source.is_file(): files += [source.parent / f for f in source.read_text().splitlines() if f.strip()]
-        else: raise FileNotFoundError(f"{path}: {split}: no such folder or list {source}")
+        source = root / part if isinstance(part, str) else _beside(path, part)
+        if os.path.isdir(source): files += sorted(f for f in source.rglob("*") if f.suffix.lower() in SUFFIXES)
+        elif os.path.isfile(source):
+            lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            files += [source.parent / f for f in lines if f.strip()]
+        else: raise FileNotFoundError(f"{path}: {split}: no such folder or list {str(source)[:300]!r}")
     texts = {f: Path("labels".join(str(f.with_suffix(".txt")).rsplit("images", 1))) for f in files}
-    if files and not any(t.is_file() for t in texts.values()):
+    if files and not any(map(os.path.isfile, texts.values())):
         raise FileNotFoundError(f"{path}: {split}: no label text at all, such as {texts[files[0]]}")
     present, place, problems = _present(f"{path}: {split}", [(f, f, None) for f in files])
     rows, where = [], []
     for f, _, (w, h) in present:
-        for k, line in enumerate(texts[f].read_text().splitlines() if texts[f].is_file() else ()):
+        text = texts[f].read_text(encoding="utf-8-sig", errors="replace") if os.path.isfile(texts[f]) else ""
+        for k, line in enumerate(text.splitlines()):
             if not line.strip(): continue
             label, box = _yolo_line(line, w, h)
             rows.append((place[f], label if label in range(len(names)) else -1, *box, False, False, np.nan))
             where.append(f"{texts[f].name}: line {k + 1}")
     stems = len({f.stem for f, *_ in present}) == len(present)
     present = [(f.stem if stems else str(f), f, size) for f, _, size in present]
-    return _records(ClassMap(names, list(range(len(names)))), present, rows, where.__getitem__, problems)
+    return _records(_classes(path, names, list(range(len(names)))), present, rows, where.__getitem__, problems)
 
 # %% ../nbs/02_data.ipynb #6df531a7
 TOY_FAMILIES = [names.split() for names in ("disc ring ball", "box crate window", "star flower sun", "tent pine peak")]
@@ -539,12 +573,16 @@ def _coco_file(root, split):
 def _layout(path):
     "What kind of data set lies at a path: the splits it has, and how to read one."
     if str(path).split(":")[0] == "toy":
-        n = int(str(path).partition(":")[2] or 1500)
+        n = str(path).partition(":")[2] or "1500"
+        if not n.isdecimal(): raise ValueError(f"{path}: toy:600 is a number of drawn pictures")
+        n = int(n)
         return ["train", "val"], lambda s: toy_dataset(n, 0) if s == "train" else toy_dataset(n * 4 // 15 + 1, 1)
     path = Path(path)
     if path.is_file():
         spec = read_yaml(path)
-        if "path" in spec and not {"train", "val"} & set(spec): return _layout(_beside(path, spec["path"]))
+        if "path" in spec and not {"train", "val"} & set(spec):
+            if (inner := _beside(path, spec["path"])).is_dir(): return _layout(inner)
+            raise FileNotFoundError(f"{path}: path: no such folder {str(inner)[:300]!r}")
         return [s for s in ("train", "val") if spec.get(s)], lambda s: read_yolo(path, s)
     if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder or YAML")
     voc = (path / "ImageSets/Main").is_dir()
@@ -728,17 +766,34 @@ def _decode(records, i, size):
     square, params = letterbox(picture, size)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1), torch.tensor(params), picture.size
 
-def _decode_all(records, size):
-    "Records that can be decoded, their squares (n, 3, size, size) uint8, their letterbox numbers (n, 4)."
-    squares = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
-    params = torch.zeros(len(records), 4)
-    def work(i):
-        try: squares[i], params[i], old = _decode(records, i, size)
-        except Exception as e: return _fault(e)                          # decoders raise all sorts of things
-        return old
-    sizes = _each(work, len(records))
-    kept = torch.tensor([not isinstance(s, str) for s in sizes])
-    return _without(records, sizes), *((squares, params) if kept.all() else (squares[kept], params[kept]))
+def _squares_key(records, size):
+    "Names the squares of these pictures: by what decodes them and, for files, place, size and times."
+    code = [inspect.getsource(f) for f in (read_picture, letterbox, _decode)]
+    how = code, PIL.__version__, torchvision.__version__, size
+    if records.files is None:
+        return content_key(*how, records.pixels.shape, blake2b(np.ascontiguousarray(records.pixels)).hexdigest())
+    stats = ((os.path.abspath(f), os.stat(f)) for f in records.files)
+    return content_key(*how, [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats])
+
+def _decode_all(records, size, disk=None):
+    """Records that can be decoded, and of all: squares uint8 (n, 3, size, size), letterbox numbers (n, 4), rows kept.
+
+    `disk` is (folder, GB) for squares in a mapped file.
+    """
+    shape = (len(records), 3, size, size)
+    def fill(squares):
+        def work(i):
+            try: square, params, old = _decode(records, i, size)
+            except Exception as e: return _fault(e)                      # decoders raise all sorts of things
+            squares[i] = square
+            return [*old, *params.tolist()]
+        return _each(work, len(records))
+    squares = np.empty(0 if disk else shape, np.uint8)
+    if disk: squares, found = disk_array(disk[0], _squares_key(records, size), shape, fill, disk[1])
+    else: found = fill(squares)
+    kept = [i for i, f in enumerate(found) if not isinstance(f, str)]
+    params = torch.tensor([found[i][2:] for i in kept]).reshape(-1, 4)
+    return _without(records, [f if isinstance(f, str) else tuple(f[:2]) for f in found]), squares, params, kept
 
 # %% ../nbs/02_data.ipynb #568df859
 class DetDataset(torch.utils.data.Dataset):
@@ -746,17 +801,21 @@ class DetDataset(torch.utils.data.Dataset):
 
     `ds[i]` or `ds[(epoch, i)]` is `(image uint8 (3, S, S), targets float32 (m, 5) class cx cy w h in 0..1, i,
     params float32 (4,))`; `params` are those of `letterbox` and mean nothing after `augment`, a function `(ds, i,
-    rng) -> image, boxes, labels`. `square(i)` is the letterboxed `(image, boxes xyxy px, labels, params)`,
-    `tile(i)` the same without padding. `difficult="drop"` leaves difficult and crowd boxes out, `"train"` keeps
-    them. `cache="ram"` holds n * 3 * S * S bytes. `records` are what was readable. `ValueError`: unknown word, or
-    over 5 % unreadable. Source: own.
+    rng, epoch=0) -> image, boxes, labels`. `square(i)` is the letterboxed `(image, boxes xyxy px, labels, params)`,
+    its image a copy, `tile(i)` the same without padding. `difficult="drop"` leaves difficult and crowd boxes out,
+    `"train"` keeps them. n * 3 * S * S bytes of squares are held by `cache="ram"`, or, `"disk"`, in a file of
+    `cache_dir`, named after all that they depend on and mapped (`disk_array`); `"none"` decodes each time. `records`
+    are what was readable. `ValueError`: unknown word, over 5 % unreadable, or more than `cache_gb`. Source: own.
     """
-    def __init__(self, records, imgsz, augment=None, difficult="drop", cache="ram", seed=0):
-        for name, value, allowed in (("difficult", difficult, ("drop", "train")), ("cache", cache, ("ram", "none"))):
+    def __init__(self, records, imgsz, augment=None, difficult="drop", cache="ram", seed=0, cache_gb=40.,
+                 cache_dir="runs/.cache"):
+        words = ("difficult", difficult, ("drop", "train")), ("cache", cache, ("ram", "disk", "none"))
+        for name, value, allowed in words:
             if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed are {' and '.join(allowed)}")
         self.imgsz, self.augment, self.difficult, self.seed = imgsz, augment, difficult, seed
-        if cache == "ram": self.records, self.squares, self.params = _decode_all(records, imgsz)
-        else: self.records, self.squares, self.params = check_pictures(records), None, None
+        disk = (cache_dir, cache_gb) if cache == "disk" else None
+        if cache == "none": self.records, self.squares, self.params = check_pictures(records), None, None
+        else: self.records, self.squares, self.params, self._kept = _decode_all(records, imgsz, disk)
         rows = self.records.gt["image"]
         self._targets = (rows,) if self.squares is None else self._to_square(slice(None), self.params[rows])
         self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
@@ -775,7 +834,8 @@ class DetDataset(torch.utils.data.Dataset):
         if self.squares is None:
             image, params, _ = _decode(self.records, i, self.imgsz)
             return image, *self._to_square(rows, params[None])[1:], params
-        return self.squares[i], self._targets[1][rows], self._targets[2][rows], self.params[i]
+        image = torch.from_numpy(self.squares[self._kept[i]].copy())
+        return image, self._targets[1][rows], self._targets[2][rows], self.params[i]
 
     def tile(self, i):
         image, boxes, labels, params = self.square(i)
@@ -789,7 +849,7 @@ class DetDataset(torch.utils.data.Dataset):
         epoch, i = at if isinstance(at, tuple) else (0, at)
         if self.augment:
             params = torch.zeros(4)
-            image, boxes, labels = self.augment(self, i, np.random.default_rng([self.seed, epoch, i]))
+            image, boxes, labels = self.augment(self, i, np.random.default_rng([self.seed, epoch, i]), epoch=epoch)
         else: image, boxes, labels, params = self.square(i)
         return image, torch.cat([labels[:, None].float(), to_cxcywh(boxes) / self.imgsz], 1), i, params
 

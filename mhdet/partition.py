@@ -23,6 +23,7 @@ from scipy import sparse
 
 from .core import HEAD_COLORS, read_yaml
 from .deal import Task, begin, deal, programme
+from .files import read_names, read_table
 
 # %% ../nbs/06_partition.ipynb #a7240b0b
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Head:
 
     def __post_init__(self):
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
-        if not (number and 0 < self.weight < float("inf")):
+        if not (number and 0 < self.weight < 1e300):
             raise ValueError(f"head '{self.name}': weight must be a positive number, got {self.weight!r}")
         ids = all(isinstance(c, (int, np.integer)) and not isinstance(c, bool) for c in self.classes)
         object.__setattr__(self, "classes", sorted(map(int, self.classes)) if ids else list(self.classes))
@@ -108,16 +109,17 @@ def _partition(spec, names):
         g = groups.get(key)
         if not isinstance(g, dict): raise ValueError(f"{key} is missing; the file has {', '.join(map(str, groups))}")
         if not isinstance(g.get("classes"), list): raise ValueError(f"{key}: 'classes' must be a list of ids")
-        heads.append(Head(str(g.get("name", key)), g["classes"], g.get("weight", 1.)))
-    if isinstance(stated, dict): stated = [stated[i] for i in sorted(stated)]
-    if not isinstance(stated, list | None): raise ValueError(f"names: a list is due, got {stated!r}")
+        name = g.get("name", key)
+        if type(name) not in (str, int): raise ValueError(f"{key}: name: text is due, got {name!r}")
+        heads.append(Head(str(name), g["classes"], g.get("weight", 1.)))
+    if stated is not None: stated = read_names(stated)
     for i, (a, b) in enumerate(zip(stated or [], names or [])):
-        if str(a) != b: raise ValueError(f"made for other classes: class {i} is '{a}' in the file, '{b}' in the data")
+        if a != b: raise ValueError(f"made for other classes: class {i} is '{a}' in the file, '{b}' in the data")
     n = len(names or stated or {str(c) for h in heads for c in h.classes})
     facts = dict(names=(stated and len(stated), n), nc=(spec.get("nc"), n), heads=(spec.get("heads"), len(heads)))
     for key, (told, true) in facts.items():
         if told not in (None, true): raise ValueError(f"{key}: the file states {told!r}, but there are {true}")
-    return Partition(heads, names or [str(x) for x in stated or range(n)], str(spec.get("grouping", "file")))
+    return Partition(heads, names or stated or list(map(str, range(n))), str(spec.get("grouping", "file")))
 
 # %% ../nbs/06_partition.ipynb #65515bbb
 def load_heads(path, names=None):
@@ -208,10 +210,11 @@ def class_ids(names, classes):
     """
     known, out = {n: i for i, n in enumerate(names)}, []
     for c in classes:
-        if c in known: out.append(known[c])
-        elif isinstance(c, (int, np.integer)) and 0 <= c < len(names): out.append(int(c))
+        whole = isinstance(c, (int, np.integer)) and not isinstance(c, bool)
+        if isinstance(c, str) and c in known: out.append(known[c])
+        elif whole and 0 <= c < len(names): out.append(int(c))
         elif isinstance(c, str):
-            raise ValueError(f"unknown class '{c}'; nearest: '{difflib.get_close_matches(c, known, 1, 0)[0]}'")
+            raise ValueError(f"unknown class {c[:200]!r}; nearest: '{difflib.get_close_matches(c, known, 1, 0)[0]}'")
         else: raise ValueError(f"unknown class id {c!r}, ids are 0..{len(names) - 1}")
     return out
 
@@ -252,7 +255,7 @@ def read_pairs(path, names):
     spec = read_yaml(path)
     try:
         for key, value in spec.items():
-            if key not in Pairs._fields: raise ValueError(f"unknown key '{key}'; allowed: {', '.join(Pairs._fields)}")
+            if key not in Pairs._fields: raise ValueError(f"unknown key {key!r}; allowed: {', '.join(Pairs._fields)}")
             if not isinstance(value, list): raise ValueError(f"{key}: a list is due, got {value!r}")
         return Pairs(_pairs(names, spec.get("pairs", [])), class_ids(names, spec.get("solo", [])),
                      _pairs(names, spec.get("together", [])))
@@ -284,21 +287,22 @@ def read_counts(path, names):
     ----------
     own
     """
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    with Path(path).open(encoding="utf8", newline="") as f:
-        table = csv.DictReader(f)
-        columns = list(table.fieldnames or [])
-        lost = {"name", "instances"} - set(columns)
-        if lost: raise ValueError(f"{path}: column '{min(lost)}' is missing; the file has {', '.join(columns)}")
-        counts = np.full(len(names), -1, np.int64)
-        for row in table:
-            where = f"{path}: line {table.line_num}"
-            try: c, = class_ids(names, [row["name"]])
-            except ValueError as e: raise ValueError(f"{where}: {e}") from None
-            if counts[c] >= 0: raise ValueError(f"{where}: class '{names[c]}' is listed twice")
-            if not (row["instances"] or "").strip().isdecimal():
-                raise ValueError(f"{where}: instances must be a whole number of 0 or more, got {row['instances']!r}")
-            counts[c] = int(row["instances"])
+    rows = read_table(path)
+    columns = rows[0][1] if rows else []
+    lost = {"name", "instances"} - set(columns)
+    if lost: raise ValueError(f"{path}: column '{min(lost)}' is missing; the file has {', '.join(columns)[:200]}")
+    if len(set(columns)) < len(columns): raise ValueError(f"{path}: a column is named twice")
+    counts = np.full(len(names), -1, np.int64)
+    for line, row in rows[1:]:
+        where, told = f"{path}: line {line}", dict(zip(columns, row))
+        if len(row) != len(columns): raise ValueError(f"{where}: {len(columns)} cells are due, got {len(row)}")
+        try: c, = class_ids(names, [told["name"]])
+        except ValueError as e: raise ValueError(f"{where}: {e}") from None
+        if counts[c] >= 0: raise ValueError(f"{where}: class '{names[c]}' is listed twice")
+        n = told["instances"].strip()
+        if not (n.isdecimal() and len(n) < 19):
+            raise ValueError(f"{where}: instances must be a whole number of 0 or more, got {n[:200]!r}")
+        counts[c] = int(n)
     for c in np.flatnonzero(counts < 0): raise ValueError(f"{path}: class '{names[c]}' ({c}) is not listed")
     return counts
 
@@ -464,6 +468,11 @@ def read_groups(path):
         raise ValueError(f"{path}: groups: a list of classes under every head's name is due")
     if not isinstance(weights, dict) or set(weights) - set(groups):
         raise ValueError(f"{path}: weights: numbers are due, under names of {', '.join(map(str, groups))}")
+    for name, classes in groups.items():
+        odd = [c for c in classes if type(c) not in (str, int)]
+        if odd: raise ValueError(f"{path}: groups: {name!r}: text or an id is due, got {odd[0]!r}")
+        try: Head(str(name), [], weights.get(name, 1.))
+        except ValueError as e: raise ValueError(f"{path}: weights: {e}") from None
     return {str(name): (weights.get(name, 1.), classes) for name, classes in groups.items()}
 
 def standard(names, groups=STANDARD):

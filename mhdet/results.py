@@ -11,24 +11,24 @@ import contextlib, csv, json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import msgspec
 import numpy as np
 
 from .core import HEAD_COLORS
+from .files import as_flag, as_id, read_json, read_table
 
 # %% ../nbs/04b_results.ipynb #19ff83af
 def _json(path, kind, due):
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except ValueError as e: raise ValueError(f"{path}: not JSON ({e})") from None
+    data = read_json(path)
     if not isinstance(data, kind): raise ValueError(f"{path}: {due} is due at the top, got {type(data).__name__}")
     return data
 
 def _refuse(path, bad, problem, rows):
     if not (bad := list(bad)): return
-    shown = f"entry {bad[0]}: {str(rows[bad[0]])[:200]}"
+    shown = f"entry {bad[0]}: {' '.join(str(rows[bad[0]]).split())[:200]}"
     raise ValueError(f"{path}: {len(bad)} of {len(rows)} entries {problem}, the first is {shown}")
 
-def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < float("inf")
+def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e18
 
 def _complete(path, rows, *need):
     lacks = (i for i, r in enumerate(rows) if not isinstance(r, dict) or any(k not in r for k in need))
@@ -39,12 +39,14 @@ def _columns(path, rows, ids, cats):
     places = []
     for key, known in (("image_id", ids), ("category_id", cats)):
         place = {k: i for i, k in enumerate(known)}
-        strange = lambda v: not isinstance(v, (int, float, str)) or v not in place
-        _refuse(path, (i for i, r in enumerate(rows) if strange(r[key])), f"have an unknown {key}", rows)
-        places.append(np.array([place[r[key]] for r in rows], np.int64))
-    try: box = np.array([r["bbox"] for r in rows], float).reshape(len(rows), 4)
-    except (ValueError, TypeError): raise ValueError(f"{path}: a bbox needs 4 numbers: x, y, width, height") from None
-    bad = np.flatnonzero(~(np.isfinite(box).all(1) & (box[:, 2:] >= 0).all(1)))
+        at = np.array([place.get(as_id(r[key]), -1) for r in rows], np.int64)
+        _refuse(path, np.flatnonzero(at < 0), f"have an unknown {key}", rows)
+        places.append(at)
+    try: box = np.array(msgspec.convert([r["bbox"] for r in rows], list[tuple[float, float, float, float]]))
+    except msgspec.ValidationError as e:
+        raise ValueError(f"{path}: a bbox needs 4 numbers: x, y, width, height ({e})") from None
+    box = box.reshape(-1, 4)
+    bad = np.flatnonzero(~((np.abs(box) < 1e18).all(1) & (box[:, 2:] >= 0).all(1)))
     _refuse(path, bad, "have a box that is not finite or of negative size", rows)
     return *places, np.c_[box[:, :2], box[:, :2] + box[:, 2:]]
 
@@ -82,19 +84,24 @@ def read_gt(path):
         if not isinstance(data.get(k), list): raise ValueError(f"{path}: '{k}' is missing or no list")
         _complete(path, data[k], *need.split())
     for k in "images", "categories":
-        odd = (i for i, r in enumerate(data[k]) if not isinstance(r["id"], (int, float, str)))
-        _refuse(path, odd, "have an id that is neither number nor text", data[k])
-    rows, ids = data["annotations"], [r["id"] for r in data["images"]]
+        odd = (i for i, r in enumerate(data[k]) if as_id(r["id"]) is None)
+        _refuse(path, odd, "have an id that is neither whole number nor text", data[k])
+    odd = (i for i, r in enumerate(data["categories"]) if not isinstance(r["name"], str))
+    _refuse(path, odd, "have a name that is no text", data["categories"])
+    rows, ids = data["annotations"], [as_id(r["id"]) for r in data["images"]]
     ordered = sorted(data["categories"], key=lambda r: (isinstance(r["id"], str), r["id"]))
-    cats, names = ([r[k] for r in ordered] for k in ("id", "name"))
-    for what, a in (("picture ids", ids), ("category ids", cats), ("category names", list(map(str, names)))):
+    cats, names = [as_id(r["id"]) for r in ordered], [r["name"] for r in ordered]
+    for what, a in (("picture ids", ids), ("category ids", cats), ("category names", names)):
         if len(set(a)) < len(a): raise ValueError(f"{path}: {what} are not unique")
     image, label, box = _columns(path, rows, ids, cats)
-    flag = lambda *keys: np.array([any(r.get(k) not in (None, 0, "", "0", "false") for k in keys) for r in rows], bool)
+    flags = [[as_flag(r.get(k)) for k in ("difficult", "ignore", "iscrowd")] for r in rows]
+    _refuse(path, (i for i, f in enumerate(flags) if None in f), "have a flag that is neither 0 nor 1", rows)
+    flags = np.array(flags, bool).reshape(-1, 3)
     area = [w * h if r.get("area") is None else r["area"] for r, (w, h) in zip(rows, box[:, 2:] - box[:, :2])]
-    _refuse(path, (i for i, a in enumerate(area) if not _number(a)), "have an area that is no number", rows)
-    gt = dict(image=image, label=label, box=box, ignore=flag("difficult", "ignore"), crowd=flag("iscrowd"))
-    return list(names), gt | dict(area=np.array(area, float)), ids, list(cats)
+    bad = (i for i, a in enumerate(area) if not (_number(a) and a >= 0))
+    _refuse(path, bad, "have an area that is no number of 0 or more", rows)
+    gt = dict(image=image, label=label, box=box, ignore=flags[:, :2].any(1), crowd=flags[:, 2])
+    return names, gt | dict(area=np.array(area, float)), ids, cats
 
 # %% ../nbs/04b_results.ipynb #56d076cb
 def read_results(path, ids, cats):
@@ -241,15 +248,17 @@ def read_confusion(path):
     ----------
     own
     """
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file")
-    with open(path, newline="", encoding="utf-8-sig") as f: rows = [r for r in csv.reader(f) if r]
-    head = rows[0][1:] if rows else []
-    if not head or [r[0] for r in rows[1:]] != head: raise ValueError(f"{path}: header and first column differ")
+    rows = read_table(path)
+    head = rows[0][1][1:] if rows else []
+    if not head or [r[0] for _, r in rows[1:]] != head: raise ValueError(f"{path}: header and first column differ")
+    if len(set(head)) < len(head): raise ValueError(f"{path}: a class is named twice")
+    if "background" in head[:-1]: raise ValueError(f"{path}: background must be the last class")
     cells = np.full((len(head),) * 2, np.nan)
-    for i, row in enumerate(rows[1:]):
-        with contextlib.suppress(ValueError): cells[i] = np.array(row[1:], float).reshape(-1, len(head))
-        if not (np.isfinite(cells[i]) & (cells[i] >= 0)).all():
-            raise ValueError(f"{path}: line {i + 2}: {len(head)} counts of 0 or more are due after '{row[0]}'")
+    for i, (line, row) in enumerate(rows[1:]):
+        with contextlib.suppress(ValueError):
+            if len(row) == len(head) + 1 and "_" not in "".join(row[1:]): cells[i] = np.array(row[1:], float)
+        if not ((cells[i] >= 0) & (cells[i] < 1e18)).all():
+            raise ValueError(f"{path}: line {line}: {len(head)} counts of 0 or more are due after '{row[0]}'")
     return (cells, head[:-1]) if head[-1] == "background" else (np.pad(cells, (0, 1)), head)
 
 # %% ../nbs/04b_results.ipynb #a9404c86

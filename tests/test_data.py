@@ -48,12 +48,12 @@ def break_pictures(root, zero=0, cut=0, lost=0):
     for f in files[zero + cut:zero + cut + lost]: f.unlink()
 
 
-@pytest.mark.parametrize("cache", ["ram", "none"])
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
 def test_broken_pictures_are_counted_listed_and_left_out(tmp_path, cache):
-    root, _ = coco(tmp_path)
+    root, _ = coco(tmp_path / "theirs")
     break_pictures(root, zero=1, cut=1)
     before = {f: f.read_bytes() for f in root.rglob("*.*")}
-    ds = DetDataset(open_data(root, dev=0)["train"], 32, cache=cache)
+    ds = DetDataset(open_data(root, dev=0)["train"], 32, cache=cache, cache_dir=tmp_path / "squares")
     assert len(ds) == 38 and census(ds.records)["problems"] == {"unreadable picture": 2}
     assert any("truncated" in p for p in ds.records.problems["unreadable picture"])
     assert {int(i) for b in loader(ds, 8, drop_last=False) for i in b[2]} == set(range(38))
@@ -95,7 +95,8 @@ def test_ids_without_file_and_files_of_another_size(tmp_path):
     data["annotations"] += [dict(id=77, image_id=77, category_id=5, bbox=[1, 1, 5, 5])]
     records = check_pictures(open_data(write(root, data), dev=0)["train"])
     assert len(records) == 40 and len(records.gt["label"]) == 40 and records.sizes[3].tolist() == [64, 48]
-    assert {k: len(v) for k, v in records.problems.items()} == {"picture without file": 1, "size is not the annotation's": 1}
+    assert {k: len(v) for k, v in records.problems.items()} == {
+        "picture without file": 1, "annotation of a lost picture": 1, "size is not the annotation's": 1}
 
 
 @pytest.mark.parametrize("content, words", [
@@ -161,6 +162,21 @@ def test_workers_and_restarts_change_no_augmented_sample():
     for other, first in ((batches(2), 0), (batches(1), 0), (batches(0, 2), 2)):
         assert len(other) == 4 - first
         assert all(torch.equal(x, y) for a, b in zip(alone[first:], other) for x, y in zip(a, b))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.timeout(200)
+def test_squares_on_disk_make_the_same_batches_and_stay_as_they_are(tmp_path):
+    made = {}
+    for cache in ("ram", "disk", "none"):
+        augment = compose(DataCfg(mosaic=.5, degrees=5., flipud=.3, mixup=.3))
+        ds = DetDataset(toy_dataset(32, size=64), 64, augment, cache=cache, seed=3, cache_dir=tmp_path / "squares")
+        before = np.array(ds.squares)
+        made[cache] = [*loader(ds, 8, workers=2), *loader(ds, 8)]
+        assert np.array_equal(before, np.array(ds.squares))
+    for other in ("disk", "none"):
+        assert all(torch.equal(x, y) for a, b in zip(made["ram"], made[other], strict=True) for x, y in zip(a, b))
+    assert len(list(tmp_path.rglob("*.npy"))) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
