@@ -196,7 +196,7 @@ def dataset(cfg, records, train=False, head_of=None):
     """
     d = cfg.data
     augment = compose(d, cfg.train.epochs, head_of) if train else None
-    return DetDataset(records, d.imgsz, augment, d.difficult, d.cache, cfg.train.seed)
+    return DetDataset(records, d.imgsz, augment, d.difficult, d.cache, cfg.train.seed, d.cache_gb)
 
 # %% ../nbs/15_experiment.ipynb #35af1f1c
 @torch.no_grad()
