@@ -19,7 +19,7 @@ def _line(error):
     "An error as one line of text; one that was not foreseen says what it is."
     if hasattr(error, "format_message"): text = error.format_message()
     elif isinstance(error, KeyError): text = str(error.args[0]) if error.args else "KeyError"
-    elif isinstance(error, OSError) and error.strerror: text = f"{error.filename or 'system'}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror: text = ": ".join(filter(None, (error.filename, error.strerror)))
     elif isinstance(error, (ValueError, OSError)): text = str(error)
     else: text = f"{type(error).__name__}: {error} (--debug shows where)"
     return " ".join(text.split())

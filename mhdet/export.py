@@ -7,7 +7,7 @@ __all__ = ['NOT_JUDGED', 'KINDS', 'ONE', 'FOUR', 'LIMITS', 'LIMITS_25', 'FULL', 
            'bench', 'bench_table']
 
 # %% ../nbs/20_export.ipynb #2436b506
-import itertools, json, math, time, weakref
+import itertools, json, math, tempfile, time, weakref
 from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile
@@ -18,14 +18,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .boxes import to_cxcywh
+from .core import JsonLog, load_cfg
 from .data import DetDataset, collate, toy_dataset
 from .errors import paired_diff
-from .experiment import predict
+from .experiment import predict, train
 from .heads import Detector, MultiHead, _head_rows, as_rows, decode, detect, load_foreign, to_foreign
-from .learner import Learner, make_accelerator, to_unit
+from .learner import Callback, Learner, make_accelerator, to_unit
 from .loss import RoutedLoss, naive_loss
 from .metrics import ENGINES, evaluate
 from .partition import Head, Partition
+from .policy import EMA, Checkpoint, Recorder, Schedule, sgd
 
 # %% ../nbs/20_export.ipynb #12d3d5f3
 _RULE = {"bn.weight": (1, .2), "bn.bias": (0, .2), "bn.running_mean": (0, .2), "bn.running_var": (1, .5),
@@ -372,17 +374,53 @@ def _step_sides(width, batch, imgsz, device):
                 backward=lambda: torch.autograd.backward(kept["raws"], kept["grads"]),
                 update=lambda: (optimizer.step(), optimizer.zero_grad()))
 
-def _trainer_sides(batch, imgsz, device):
-    "An epoch of eight batches by the `Learner`, and by hand."
-    data = [(draw_pictures(batch, imgsz, i), _objects(batch, 7, "cpu")) for i in range(8)]
-    model, loss, optimizer = _trained(.125, device)
-    learner = Learner(*_trained(.125, device), data, device=str(device), precision="fp32")
-    def bare():
-        for images, targets in data:
-            loss(model(to_unit(images.to(device))), targets.to(device))["loss"].backward()
-            optimizer.step(), optimizer.zero_grad()
-    return dict(bare=bare, learner=lambda: learner.fit(learner.epoch + 1))
+# %% ../nbs/20_export.ipynb #cb16809e
+class _Clock(Callback):
+    "Seconds of every step, of forward, loss and backward inside it, and of states stored."
+    def __init__(self, learner):
+        self.learner, self.inside, self.marks = learner, 0., []
+        learner.net, learner.loss = self.timed(learner.net), self.timed(learner.loss)
+        learner.accelerator.backward = self.timed(learner.accelerator.backward)
 
+    def now(self):
+        if self.learner.device.type == "cuda": torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self, f):
+        def call(*args, **kw):
+            start, out = self.now(), f(*args, **kw)
+            self.inside += self.now() - start
+            return out
+        return call
+
+    def before_batch(self, learner): self.marks.append((self.now(), self.inside))
+
+def _trainer(width, batch, imgsz, steps, device):
+    "Of every step with a run's callbacks: seconds, share outside forward, loss and backward; of a state: seconds."
+    model, loss, _ = _trained(width, device)
+    data = [(draw_pictures(batch, imgsz, 0), _objects(batch, 7, "cpu"))] * (steps + 2)
+    with tempfile.TemporaryDirectory() as folder:
+        keep = Checkpoint(folder)
+        watch = [Schedule(.001), EMA(model), Recorder(JsonLog(Path(folder) / "log.jsonl"))]
+        learner = Learner(model, loss, sgd(model, .001), data, watch, device=str(device), precision="fp32")
+        learner.callbacks.append(clock := _Clock(learner))
+        learner.fit(1)
+        learner.callbacks.append(keep)
+        saves = []
+        for _ in range(6):
+            start = time.perf_counter()
+            keep.save_last(learner)
+            saves.append(time.perf_counter() - start)
+    seconds, inside = np.diff(np.array(clock.marks), axis=0)[1:].T
+    return dict(step=seconds, outside=1 - inside / seconds, save=np.array(saves[1:]))
+
+def _busy(n):
+    "Share of the time that a training of the built-in pictures, all mosaics from one worker, does not wait for them."
+    with tempfile.TemporaryDirectory() as root:
+        run = train(load_cfg(f"data=toy:{n}", "mosaic=1", "workers=1", "epochs=3", "dev=0"), root=root, quiet=True)
+        return np.array([r["busy"] for r in JsonLog(run / "log.jsonl").rows()[1:]])
+
+# %% ../nbs/20_export.ipynb #41db78d4
 def _eval_side(n, device):
     "From pictures to detections and figures."
     partition, data = _partition([range(20)]), DetDataset(toy_dataset(n), 160)
@@ -417,11 +455,14 @@ def _judge_sides(n, nc=80, each=100, objects=7):
 # %% ../nbs/20_export.ipynb #fe61798f
 LIMITS = {"plain_to_naive": .8, "plain_fb_to_naive": .6, "routed4_fb_to_plain_fb": 1.3, "ota_to_naive_plain": 2.5,
           "ota4_to_ota1": 1.5, "decode_time_4to1": 1.2, "decode_memory_4to1": 1.25, "loss_share_of_step": None,
-          "trainer_overhead": None, "step_images_per_s": None, "eval_images_per_s": 60,
+          "trainer_overhead": .02, "checkpoint_overhead": .03, "loader_busy": .95, "step_images_per_s": None,
+          "eval_images_per_s": 60,
           "judge_to_pycocotools": .1, "judge_to_fast": None, "bootstrap_AP50_s": 60, "bootstrap_AP_s": 480}
 LIMITS_25 = LIMITS | {"ota_to_naive_plain": 3.}
-FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=8, pictures=600, judged=5000, calls=15)
-QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=2, pictures=32, judged=60, calls=3)
+FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=(1., 16, 320), toy=400, pictures=600, judged=5000,
+            calls=15)
+QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=(.125, 2, 64), toy=40, pictures=32, judged=60,
+             calls=3)
 
 def bench(device="cpu", quick=False, imgsz=320):
     """Speed and memory, as ratios of things called in turn in one run.
@@ -457,14 +498,15 @@ def bench(device="cpu", quick=False, imgsz=320):
     peak |= {f"loss/{k}": _peak(f) for k, f in loss.items()} | {f"loss_25/{k}": _peak(f) for k, f in loss_25.items()}
     parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb,
                  loss_25=loss_25, loss_fb_25=loss_fb_25, step=_step_sides(n["width"], n["step"], imgsz, place),
-                 trainer=_trainer_sides(n["trainer"], min(imgsz, 128), place), eval=_eval_side(n["pictures"], place),
-                 judge=_judge_sides(n["judged"]))
+                 eval=_eval_side(n["pictures"], place), judge=_judge_sides(n["judged"]))
     s = {k: _in_turn(sides, dict(eval=3, judge=1).get(k, n["calls"]), cuda) for k, sides in parts.items()}
-    step = sum(s["step"].values())
+    step, s["trainer"] = sum(s["step"].values()), _trainer(*n["trainer"], n["calls"], place)
+    s["toy"] = _trainer(.25, 16, 128, 2 * n["calls"], place)
     many = dict(
         decode_time_4to1=s["decode"]["four"] / s["decode"]["one"], decode_memory_4to1=peak["four"] / peak["one"],
         loss_share_of_step=s["step"]["loss"] / step, step_images_per_s=n["step"] / step,
-        trainer_overhead=s["trainer"]["learner"] / s["trainer"]["bare"] - 1,
+        trainer_overhead=s["trainer"].pop("outside"), loader_busy=_busy(n["toy"]),
+        checkpoint_overhead=s["toy"]["save"] / (50 * np.median(s["toy"]["step"])),
         eval_images_per_s=n["pictures"] / s["eval"]["all"],
         bootstrap_AP50_s=s["judge"]["AP50"], bootstrap_AP_s=s["judge"]["AP"],
         **{f"judge_to_{e}": s["judge"]["own"] / s["judge"][e] for e in ("pycocotools", "fast")})
@@ -475,7 +517,8 @@ def bench(device="cpu", quick=False, imgsz=320):
         many |= {name + tail: s[part + tail][a] / s[part + tail][b] for tail in ("", "_25")}
     return dict.fromkeys(LIMITS) | {k: float(np.median(v)) for k, v in many.items()} | dict(
         spread={k: np.percentile(v, [25, 75]).tolist() for k, v in many.items()},
-        ms={f"{k}/{side}": 1e3 * float(np.median(v)) for k, sides in s.items() for side, v in sides.items()},
+        ms={f"{k}/{side}": 1e3 * float(np.median(v)) for k, sides in s.items() for side, v in sides.items()
+            if side != "outside"},
         mb={k: v / 1e6 for k, v in peak.items()}, imgsz=imgsz, sizes=n,
         device=torch.cuda.get_device_name() if cuda else "cpu", threads=torch.get_num_threads())
 
@@ -492,7 +535,7 @@ def bench_table(found):
     -------
     DataFrame
         Index `name`; `median`, `low`, `high` (quartiles), `limit`, `ok` (None without a limit or a figure). Limits are
-        upper bounds, for pictures a second a lower one.
+        upper bounds, for pictures a second and the busy share lower ones.
 
     Raises
     ------
@@ -507,6 +550,6 @@ def bench_table(found):
     for name, (low, high) in ({k: (None, None) for k in LIMITS} | found["spread"]).items():
         limits = LIMITS_25 if name.endswith("_25") else LIMITS
         value, limit = found[name], limits.get(name.removesuffix("_25"))
-        ok = None if None in (value, limit) else value >= limit if name.endswith("per_s") else value <= limit
+        ok = None if None in (value, limit) else value >= limit if name.endswith(("per_s", "busy")) else value <= limit
         rows.append(dict(name=name, median=value, low=low, high=high, limit=limit, ok=ok))
     return pd.DataFrame(rows).set_index("name")

@@ -24,59 +24,76 @@ def main(root, *words):
     torch.set_num_threads(1)
 
     class Note(Callback):
-        "The loss of every batch, of all processes; and time to be killed in."
-        rows = []
-        def before_batch(self, learner): time.sleep(float(os.environ.get("PAUSE", 0)))
+        "The loss of every batch, of all processes; time to be killed in; and, if asked, no number in the last process."
+        spoil = bool(os.environ.get("SPOIL"))
+        def __init__(self, run): self.run, self.rows = run, []
+
+        def before_batch(self, learner):
+            time.sleep(float(os.environ.get("PAUSE", 0)))
+            if not self.spoil or (learner.epoch, learner.batch) != (1, 3): return
+            self.spoil, sound = False, learner.loss
+            def spoiled(*args):
+                learner.loss = sound
+                return {k: v * (float("nan") if learner.accelerator.is_last_process else 1) for k, v in sound(*args).items()}
+            learner.loss = spoiled
+
         def after_batch(self, learner):
             values = learner.accelerator.reduce(learner.values, "mean").tolist()
             self.rows.append({k: v * (learner.world if k == "loss" else 1) for k, v in zip(learner.names, values)})
         def after_fit(self, learner):
-            if learner.accelerator.is_main_process: (root / "losses.json").write_text(json.dumps(self.rows))
+            if learner.accelerator.is_main_process: (root / f"{self.run}.json").write_text(json.dumps(self.rows))
 
-    cfg = load_cfg(*WORDS, "run=run", *words)
-    train(cfg, resume="run" if (root / "run").exists() else None, root=root, quiet=True, more=[Note()])
+    for part in " ".join(words).split(" + "):                            # several runs, one after the other
+        cfg = load_cfg(*WORDS, *part.split())
+        name = cfg.train.run
+        train(cfg, resume=name if (root / name).exists() else None, root=root, quiet=True, more=[Note(name)])
 
 
-def start(root, processes, *words, pause=0.):
+def start(root, processes, *words, pause=0., spoil=""):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     root.mkdir(exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PAUSE": str(pause)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PAUSE": str(pause), "SPOIL": spoil}
     return subprocess.Popen([sys.executable, *launch, __file__, str(root), *words], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def losses(root, processes, *words):
+    "Those of every run, by its name."
     child = start(root, processes, *words)
     _, err = child.communicate(timeout=180)
     assert child.returncode == 0, err
-    return json.loads((root / "losses.json").read_text())
+    return {f.stem: json.loads(f.read_text()) for f in root.glob("*.json")}
 
 
 def apart(a, b): return max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-3) for x, y in zip(a, b, strict=True) for k in x)
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    words = "norm_layer=gn", "epochs=1", "lr=0.002"                    # a small rate: rounding does not grow
-    one, two = losses(tmp_path / "one", 1, *words), losses(tmp_path / "two", 2, *words)
-    assert len(one) == 10 and apart(one, two) < 1e-5
-    rows = [JsonLog(tmp_path / f"{n}/run/log.jsonl").rows() for n in ("one", "two")]
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    "The same two runs, with group norm and with batch-norm, by one process and by two; a small rate, so that rounding does not grow."
+    root, words = tmp_path_factory.mktemp("both"), " + ".join(f"run={n} norm_layer={n} epochs=1 lr=0.002" for n in ("gn", "bn")).split()
+    return root, losses(root / "one", 1, *words), losses(root / "two", 2, *words)
+
+
+def test_two_processes_train_what_one_trains(both):
+    root, one, two = both
+    assert len(one["gn"]) == 10 and apart(one["gn"], two["gn"]) < 1e-5
+    rows = [JsonLog(root / f"{n}/gn/log.jsonl").rows() for n in ("one", "two")]
     assert [len(r) for r in rows] == [1, 1]                            # the first process alone writes
     for k in (k for k in rows[0][0] if k.split("/")[0] in ("train", "dev", "AP", "AP50")): assert rows[0][0][k] == pytest.approx(rows[1][0][k], rel=1e-4), k
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(root.rglob("*.part"))
 
 
-def test_batch_norm_sees_only_its_share(tmp_path):
-    words = "norm_layer=bn", "epochs=1", "lr=0.002"
-    assert apart(losses(tmp_path / "one", 1, *words)[:1], losses(tmp_path / "two", 2, *words)[:1]) > 1e-3
+def test_batch_norm_sees_only_its_share(both):
+    assert apart(both[1]["bn"][:1], both[2]["bn"][:1]) > 1e-3
 
 
-def test_one_process_goes_on_where_two_stopped(tmp_path):
-    root, words = tmp_path / "run", ("norm_layer=gn", "lr=0.002")
-    losses(root, 2, *words, "epochs=1")
-    assert len(losses(root, 1, "epochs=2")) == 10 and read_meta(root / "run/last")["epoch"] == 2
+def test_one_process_goes_on_where_two_stopped(both):
+    root = both[0] / "two"
+    assert len(losses(root, 1, "run=gn", "epochs=2")["gn"]) == 10 and read_meta(root / "gn/last")["epoch"] == 2
 
 
 def test_a_process_that_dies_ends_the_other(tmp_path):
-    child = start(tmp_path, 2, "norm_layer=gn", "epochs=20", "save_steps=2", pause=.05)
+    child = start(tmp_path, 2, "run=run", "norm_layer=gn", "epochs=20", "save_steps=2", pause=.05)
     limit = time.monotonic() + 120
     while read_meta(tmp_path / "run/last").get("steps", 0) < 2:
         assert time.monotonic() < limit and child.poll() is None
@@ -92,9 +109,25 @@ def test_a_process_that_dies_ends_the_other(tmp_path):
     tree, meta = load(tmp_path / "run/last")
     assert meta["steps"] >= 2 and tree["position"]["steps"] == meta["steps"]
     stopped = meta["steps"]
-    (tmp_path / "losses.json").unlink(missing_ok=True)
-    rest = losses(tmp_path, 2, f"epochs={meta['epoch'] + 1}")
+    rest = losses(tmp_path, 2, "run=run", f"epochs={meta['epoch'] + 1}")["run"]
     assert read_meta(tmp_path / "run/last")["epoch"] == meta["epoch"] + 1 and len(rest) == (meta["epoch"] + 1) * 10 - stopped
+
+
+def test_what_one_process_meets_all_obey(tmp_path):
+    "A loss that is no number in one process takes both back; SIGTERM to one stops both in good order."
+    child = start(tmp_path, 2, "run=run", "norm_layer=gn", "epochs=40", pause=.02, spoil="yes")
+    limit = time.monotonic() + 120
+    while read_meta(tmp_path / "run/last").get("epoch", 0) < 2:
+        assert time.monotonic() < limit and child.poll() is None
+        time.sleep(.05)
+    ranks = [int(p) for p in subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()]
+    os.kill(ranks[1], signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err
+    row = (tmp_path / "run/restarts.csv").read_text().splitlines()[1]
+    assert row.startswith("2,1,0,1,13,") and row.endswith(",nan")
+    env, meta = json.loads((tmp_path / "run/env.json").read_text()), read_meta(tmp_path / "run/last")
+    assert env["stopped"] in ("SIGTERM", "another process was stopped") and 2 <= meta["epoch"] < 40
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), *sys.argv[2:])
