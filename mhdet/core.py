@@ -99,7 +99,7 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     `schedule=step`, [share of lr, epochs] each for `restarts`; `freeze` is the last part or the first layer number not
     frozen; `stages` follow each other and make up `epochs`; `multi_scale` is the least and the greatest side, px; the
     gains are for 640 px and 80 classes and scaled from there; `restarts` is how often an epoch is begun again when its
-    loss is no number, with `restart_seeds` in turn, or a batch does not fit into memory; AP is measured after the first
+    loss is no number, with `restart_seeds` in turn; AP is measured after the first
     `eval_after` epochs, on a share `eval_share` of dev; `early_stop` counts epochs without a better AP50 (0: off);
     `max_hours` is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`. Source: own.
     """
@@ -454,7 +454,7 @@ def run_state(run):
     at = json.loads((run / "env.json").read_text()).get("process")
     if at is None: return None
     if at[0] != socket.gethostname(): return f"on {at[0]}"
-    try: return "running" if psutil.Process(at[1]).create_time() == at[2] else "killed"
+    try: return "running" if abs(psutil.Process(at[1]).create_time() - at[2]) < 5 else "killed"      # clocks are set
     except psutil.NoSuchProcess: return "killed"
 
 # %% ../nbs/00_core.ipynb #7a4f04b5

@@ -960,7 +960,7 @@ def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None, proces
     """
     seed, drop_last = ds.seed if seed is None else seed, shuffle if drop_last is None else drop_last
     context = "fork" if hasattr(os, "fork") else None
-    many = dict(persistent_workers=True, timeout=60, multiprocessing_context=context) if workers else {}
+    many = dict(persistent_workers=True, timeout=300, multiprocessing_context=context) if workers else {}
     sampler = EpochBatches(len(ds), batch, shuffle, seed, drop_last, process)
     return DataLoader(ds, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
                       worker_init_fn=_calm, pin_memory=torch.cuda.is_available(), **many)

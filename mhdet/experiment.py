@@ -4,32 +4,32 @@
 
 # %% auto #0
 __all__ = ['RESUMABLE', 'PLATEAU', 'find_run', 'load_run', 'build', 'make_loss', 'dataset', 'predict', 'limits', 'evaluate_run',
-           'stages', 'callbacks', 'train', 'load_runs', 'plot_runs', 'plateau', 'report']
+           'callbacks', 'train', 'load_runs', 'plot_runs', 'plateau', 'report']
 
 # %% ../nbs/15_experiment.ipynb #a25c58fe
-import json, time
+import json, time, warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from scipy.stats import theilslopes
 
 from .augment import compose
 from .boxes import unletterbox
-from .core import HEAD_COLORS, JsonLog, Stage, load_cfg, new_run, note_run, run_state, set_seed, this_process
+from .core import HEAD_COLORS, JsonLog, load_cfg, new_run, note_run, run_state, set_seed, this_process
 from .data import DetDataset, census, loader, open_data
 from .heads import Detector, decode, detect, load_foreign, split_heads, transfer
 from .learner import Learner, accumulation, make_accelerator, to_unit
 from .loss import RoutedLoss, scale_gains
 from .metrics import confusion, evaluate
 from .partition import Partition, load_heads, save_heads
-from .policy import (EMA, Checkpoint, Deadline, EarlyStop, FreezeStages, MultiScale, NaNGuard, Recorder, Schedule,
-                          sgd)
+from .policy import (EMA, Checkpoint, Deadline, EarlyStop, FreezeStages, MultiScale, NaNGuard, Recorder, sgd,
+                          stages)
 from .results import write_confusion, write_results
-from .store import load, resume_state
+from .store import load, read_meta, resume_state
 from .watch import Progress, Track
 
 # %% ../nbs/15_experiment.ipynb #b3befecc
@@ -56,7 +56,8 @@ def find_run(ref, root="runs"):
     ----------
     own
     """
-    name, _, which = str(ref).partition("@")
+    name, at, which = str(ref).rpartition("@")
+    if not at or "/" in which: name, which = str(ref), ""
     folder = next((p for p in (Path(name), Path(root) / name) if (p / "config.yaml").is_file()), None)
     if folder is None: raise FileNotFoundError(f"{name}: no run there (looked for {Path(root) / name / 'config.yaml'})")
     state = folder / (f"epoch_{int(which):03d}" if which.isdigit() else which or "last")
@@ -325,37 +326,6 @@ def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), 
 # %% ../nbs/15_experiment.ipynb #3cc5b36b
 RESUMABLE = ("epochs", "max_hours", "device", "workers")
 
-def stages(train):
-    """The spans of a run: schedule and frozen parts of each.
-
-    Parameters
-    ----------
-    train : TrainCfg
-        Without `stages` it is one.
-
-    Returns
-    -------
-    (list of Schedule, dict)
-        One schedule a stage; what is frozen, by first epoch, for `FreezeStages`.
-
-    Raises
-    ------
-    ValueError
-        Of `Schedule`.
-
-    References
-    ----------
-    own
-    """
-    t, made, frozen, first = train, [], {}, 0
-    for s in t.stages or [Stage(epochs=t.epochs, freeze=t.freeze)]:
-        lr, lrf, warmup, bias = (getattr(t, k) if getattr(s, k) is None else getattr(s, k)
-                                 for k in ("lr", "lrf", "warmup", "warmup_bias_lr"))
-        span, frozen[first] = (first, first + s.epochs), s.freeze
-        made.append(Schedule(lr, lrf, warmup, t.schedule, t.momentum, t.warmup_momentum, bias, t.lr_parts, span))
-        first += s.epochs
-    return made, frozen
-
 def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     """What watches a run, in order.
 
@@ -389,7 +359,8 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     t = cfg.train
     if t.early_stop and not dev: raise ValueError("early_stop: a dev split is due")
     def judge(learner):
-        how = limits(cfg, conf=max(t.conf, .01))                                                 # enough to choose by
+        if learner.world > 1: broadcast([*learner.ema.buffers()])         # statistics: each process saw other pictures
+        how = limits(cfg, conf=max(t.conf, .01))                                               # enough to choose by
         dt, facts = predict(learner.ema, dev, 64 // min(learner.parts, 64), loss, learner.accelerator, **how)
         names, n = dev.records.names, len(dev)
         found = evaluate(dev.records.gt, dt, names, n, ("coco",))
@@ -401,7 +372,7 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     parts = dict(model.trunk.named_children()) | dict(model.trunk.layers())
     wanted = [*schedules,
               t.multi_scale and MultiScale(*t.multi_scale, seed=t.seed),
-              any(f is not None for f in frozen.values()) and FreezeStages(parts, frozen),
+              FreezeStages(parts, frozen),
               t.ema and EMA(model, t.ema),
               Recorder(JsonLog(run / "log.jsonl"), judge if dev else None, after=t.eval_after),
               not quiet and Progress(("train/box", "train/obj", "train/cls", "AP50")),
@@ -413,6 +384,10 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     return [cb for cb in wanted if cb]
 
 # %% ../nbs/15_experiment.ipynb #75a086e8
+def _begun(run, cfg):
+    "The config of a run that is to go on: its heads, and no weights to start from once it has a state of its own."
+    return cfg.override(heads=f"{run}/heads.yaml", **{"weights": None} if read_meta(run / "last") else {})
+
 def _taken_up(run, cfg):
     "A run that is to go on, with what was changed; refused while another process trains it."
     at = json.loads((run / "env.json").read_text()).get("process")
@@ -443,8 +418,8 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=()):
 
     Parameters
     ----------
-    cfg : Cfg
-        With `resume` only `RESUMABLE` are taken; the rest is the run's own.
+    cfg : Cfg or None
+        With `resume` only `RESUMABLE` are taken, the rest is the run's own; None: all of it is.
     splits : dict of Records, optional
         Default: those of `cfg.data.data`.
     resume : str or Path, optional
@@ -472,11 +447,11 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=()):
     own
     """
     run = find_run(f"{resume}@", root)[0] if resume else None
-    if run: cfg = load_cfg(run / "config.yaml", {k: v for k, v in cfg.flat().items() if k in RESUMABLE})
+    if run: cfg = load_cfg(run / "config.yaml", {k: v for k, v in cfg.flat().items() if k in RESUMABLE} if cfg else {})
     accelerator = make_accelerator(cfg.train.device, cfg.train.precision)
     splits = splits or open_data(cfg.data.data, dev=cfg.data.dev)
     if "train" not in splits: raise ValueError(f"{cfg.data.data}: no train split")
-    model = build(cfg.override(weights=None, heads=f"{run}/heads.yaml") if run else cfg, splits["train"].names, root)
+    model = build(_begun(run, cfg) if run else cfg, splits["train"].names, root)
     data = dataset(cfg, splits["train"], True, model.head.partition.head_of)
     batches = loader(data, cfg.data.batch, cfg.data.workers,
                      process=(accelerator.process_index, accelerator.num_processes))
@@ -490,7 +465,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=()):
     learner.callbacks += more
     if resume: resume_state(run / "last", learner)
     note, stopped = note_run if accelerator.is_main_process else lambda *args, **facts: None, "failed"
-    note(run, process=this_process(), stopped=None)
+    note(run, process=this_process(), stopped=None, precision=f"{cfg.train.precision}: {accelerator.mixed_precision}")
     try: stopped = learner.fit(cfg.train.epochs).stopped
     finally: note(run, process=None, stopped=stopped, pictures=len(data))
     return run
@@ -514,6 +489,11 @@ def load_runs(root="runs"):
     FileNotFoundError
         No such folder.
 
+    Warns
+    -----
+    UserWarning
+        A run with a config that this version does not know is left out.
+
     References
     ----------
     own
@@ -523,7 +503,10 @@ def load_runs(root="runs"):
     table = []
     for config in sorted(root.rglob("config.yaml")):
         if not (config.parent / "heads.yaml").is_file() or config.parent.suffix == ".part": continue
-        run, cfg, env = config.parent, load_cfg(config), json.loads((config.parent / "env.json").read_text())
+        try: run, cfg, env = config.parent, load_cfg(config), json.loads((config.parent / "env.json").read_text())
+        except (KeyError, ValueError) as e:
+            warnings.warn(f"left out: {e.args[0]}")
+            continue
         rows = JsonLog(run / "log.jsonl").rows()
         last, ap = rows[-1] if rows else {}, [r["AP50"] for r in rows if r.get("AP50") is not None] or [np.nan]
         epoch, epochs = last.get("epoch", 0), cfg.train.epochs

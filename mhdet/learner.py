@@ -12,7 +12,7 @@ import contextlib, signal, threading, time
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import convert_to_fp32, send_to_device
+from accelerate.utils import convert_to_fp32, gather_object, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
@@ -65,12 +65,14 @@ class StopFit(Exception):
     own."""
 
 class NonFinite(RuntimeError):
-    """A loss that is NaN or infinite, caught before it reaches the weights.
+    """A loss, or the norm of its gradient, that is NaN or infinite, caught before it reaches the weights.
 
     `step` is the count of optimiser steps done, `terms` the named terms (floats) summed over the accumulated
-    batches, `reason` where it was met: `nan` in training, `val nan` in validation. An error itself; raised by
-    `Step.step`, and by what validates. Source: own.
+    batches, `reason` where it was met: `nan` in training, `val nan` in validation; `epoch` the one it happened in,
+    counted from 1, once a `Loop` has seen it. An error itself; raised by `Step.step`, and by what validates. Source:
+    own.
     """
+    epoch = None
     def __init__(self, step, terms, reason="nan"):
         bad = [k for k, v in terms.items() if not abs(v) < float("inf")]
         super().__init__(f"step {step}: loss is not finite (terms: {', '.join(bad)})")
@@ -79,9 +81,10 @@ class NonFinite(RuntimeError):
 class OutOfMemory(RuntimeError):
     """A batch that does not fit into memory, after its tensors have been let go.
 
-    `step` is the count of optimiser steps done, `reason` is `out of memory`. An error itself; raised by `Loop.fit`,
-    unless a callback's `on_memory` has made room. Source: own.
+    `step` is the count of optimiser steps done, `epoch` as in `NonFinite`, `reason` is `out of memory`. An error
+    itself; raised by `Loop.fit`, unless a callback's `on_memory` has made room. Source: own.
     """
+    epoch = None
     def __init__(self, step, message):
         super().__init__(f"step {step}: {message.splitlines()[0]}")
         self.step, self.terms, self.reason = step, {}, "out of memory"
@@ -91,7 +94,8 @@ class Callback:
 
     `name` is the key under which `state_dict()` (a tree of tensors and plain values, empty: nothing to keep) is
     stored with the learner's; `load_state_dict` takes it back. `on_nonfinite` and `on_memory` return True when they
-    have restored a good state and the fit may go on. Hooks raise `StopFit` to end the fit. Source: own; the hooks of
+    have restored a good state and the fit may go on. Hooks raise `StopFit` to end the fit; inside an accumulation
+    window, of which a part would be done twice, they put the reason into `learner.asked`. Source: own; the hooks of
     fastai's and mmcv's runners.
     """
     name = property(lambda self: type(self).__name__.lower())
@@ -160,7 +164,8 @@ def to_unit(images):
     own
     """
     if images.dtype != torch.uint8: return images
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
+    return images.contiguous(memory_format=layout).float().div_(255)               # bytes are turned faster than floats
 
 # %% ../nbs/11_learner.ipynb #76d173e6
 def accumulation(batch, nominal=64):
@@ -236,7 +241,10 @@ class Step:
         if self.world > 1: self.window = self.accelerator.reduce(self.window)       # all see what one of them sees
         if not self.window.isfinite().all():
             raise NonFinite(self.steps, dict(zip(self.names, self.window.tolist())))
-        if self.clip: self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        if self.clip: norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        else: norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not self.accelerator.scaler and not norm.isfinite():           # a scaler leaves such a step out by itself
+            raise NonFinite(self.steps, {"gradient": norm.item()})
         self.optimizer.step()
         self.forget()
         self.steps += 1
@@ -272,8 +280,7 @@ def batches_from(loader, epoch, start):
     """
     able = [p for p in (loader, getattr(loader, "batch_sampler", None)) if hasattr(p, "set_epoch")]
     if able: able[0].set_epoch(epoch, start)
-    # a torch loader draws a seed when an epoch begins; in the middle of one that draw lies behind the stored streams
-    with torch.random.fork_rng(devices=[], enabled=start > 0):
+    with torch.random.fork_rng(devices=[]):              # loaders draw seeds for workers, resumed ones at other times
         batches = iter(loader)
         for _ in range(0 if able else start): next(batches)
     return batches
@@ -329,7 +336,9 @@ class Course(Step):
 
     def divide(self, parts):
         if parts == self.parts: return
-        self.loader.batch_sampler.divide(parts)
+        sampler = getattr(self.loader, "batch_sampler", None)
+        if not hasattr(sampler, "divide"): raise ValueError("this loader's batches come in one part")
+        sampler.divide(parts)
         self.loader._iterator = None                             # workers that were asked for the batches of before
         self.batch, self.accumulate = self.batch * parts // self.parts, self.accumulate * parts // self.parts
         self.parts, self.n_batches = parts, len(self.loader)
@@ -338,7 +347,9 @@ class Course(Step):
         "Whether this or another process was asked to stop."
         if self.world == 1: return bool(self.asked)
         if self.asked: self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
+        if not self.accelerator.check_trigger(): return False
+        self.asked[:] = sum(gather_object([[*self.asked]]), [])
+        return True
 
 # %% ../nbs/11_learner.ipynb #1243fdaf
 class Loop(Course):
@@ -365,13 +376,15 @@ class Loop(Course):
 
     def attempt(self):
         "The rest of the current epoch; returns what a callback may be able to mend."
+        epoch = self.epoch + 1
         try: return self.one_epoch()
-        except NonFinite as error: failure = error
+        except NonFinite as error: failure = error.with_traceback(None)
         except RuntimeError as error:
             if self.world > 1 or not should_reduce_batch_size(error): raise
             failure = OutOfMemory(self.steps, str(error))        # without the frames, which hold what did not fit
         self.forget()
         if self.device.type == "cuda": torch.cuda.empty_cache()
+        failure.epoch = epoch
         return failure
 
     def one_epoch(self):
@@ -387,7 +400,7 @@ class Loop(Course):
             self.step(self.data, last=self.batch + 1 == self.n_batches)
             self.batch += 1
             call_hook(self, "after_batch")
-            if not self.pending and self.heard(): raise StopFit([*self.asked, "another process was stopped"][0])
+            if not self.pending and self.heard(): raise StopFit(self.asked[0])
         self.epoch, self.batch = self.epoch + 1, 0
         call_hook(self, "after_epoch")
 
@@ -403,8 +416,8 @@ class Learner(Loop):
         scaler = self.accelerator.scaler
         out = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                    scaler=scaler.state_dict() if scaler else {},
-                   position=dict(epoch=self.epoch, batch=self.batch - self.pending, steps=self.steps),
-                   parts=self.parts)
+                   position=dict(epoch=self.epoch, batch=(self.batch - self.pending) // self.parts, steps=self.steps),
+                   parts=self.parts)                                        # whole batches, however they are divided
         for cb in self.callbacks:
             if kept := cb.state_dict():
                 assert cb.name not in out, f"two callbacks keep a state under the name {cb.name}"
@@ -419,8 +432,11 @@ class Learner(Loop):
             like = {k: v for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape}
             kept |= {k: torch.empty_like(p).copy_(v) for k, v in like.items()}
         if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.divide(state.get("parts", 1))
+        self.divide(1)
         for key, value in state["position"].items(): setattr(self, key, value)
+        for parts in range(state.get("parts", 1), 1, -1):                   # as many, or as more processes allow
+            with contextlib.suppress(ValueError): self.divide(parts)
+            if self.parts > 1: break
         for cb in self.callbacks:
             if cb.name in state: cb.load_state_dict(state[cb.name])
         self.forget()

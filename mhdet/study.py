@@ -23,6 +23,7 @@ from .metrics import confusion, evaluate
 from .partition import (anti_confusion, card, confused_pairs, load_heads, optimal, random_heads, save_heads,
                              together)
 from .results import plot_confusion, read_confusion, write_confusion
+from .store import read_meta
 
 # %% ../nbs/16_study.ipynb #4f94eb3b
 def _apart(names, matrix, counts, heads, seed):
@@ -107,8 +108,7 @@ def same_detections(a, b, atol=1e-4):
 def _run(cfg, splits, folder, name, quiet):
     "Train a run of the study, go on with it, or leave it as it is when it is finished."
     run = folder / name
-    rows = JsonLog(run / "log.jsonl").rows()
-    if rows and rows[-1]["epoch"] >= cfg.train.epochs: return run
+    if read_meta(run / "last").get("epoch", -1) >= cfg.train.epochs: return run
     fresh = not (run / "heads.yaml").is_file()
     run = train(cfg.override(run=name), splits, None if fresh else run, folder, quiet)
     stopped = json.loads((run / "env.json").read_text())["stopped"]

@@ -15,10 +15,10 @@ import msgspec
 import pandas as pd
 import torch
 
-from .core import JsonLog, load_cfg, read_yaml
+from .core import load_cfg, read_yaml
 from .experiment import RESUMABLE, load_runs
 from .learner import noting_signals
-from .store import write_atomic
+from .store import read_meta, write_atomic
 
 try: import fcntl
 except ImportError: fcntl = None                   # Windows: nobody looks whether two sweeps meet at a row
@@ -95,10 +95,10 @@ def sweep_rows(file, root="runs", changes=None):
 def _ended(row):
     "Whether a row's run needs nothing more."
     folder = row["folder"]
-    log, env = JsonLog(folder / "log.jsonl").rows(), folder / "env.json"
+    env = folder / "env.json"
     why = json.loads(env.read_text()).get("stopped") if env.is_file() else None
     by_itself = why and why not in ("SIGINT", "SIGTERM", "max_hours", "failed")
-    return bool(by_itself or log and log[-1]["epoch"] >= load_cfg(row["choices"]).train.epochs)
+    return bool(by_itself or read_meta(folder / "last").get("epoch", -1) >= load_cfg(row["choices"]).train.epochs)
 
 def _word(key, value): return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
@@ -126,7 +126,7 @@ def sweep_command(row):
     """
     folder, choices = row["folder"], row["choices"]
     name = (folder.relative_to("runs") if folder.is_relative_to("runs") else folder.resolve()).as_posix()
-    if not (folder / "last").is_dir(): return ["train", f"run={name}", *(_word(k, v) for k, v in choices.items())]
+    if not read_meta(folder / "last"): return ["train", f"run={name}", *(_word(k, v) for k, v in choices.items())]
     was, due = load_cfg(folder / "config.yaml").flat(), load_cfg(choices).flat()
     if odd := [k for k in due if k not in ("run", *RESUMABLE) and was[k] != due[k]]:
         raise ValueError(f"{folder}: was begun with {odd[0]}={was[odd[0]]}, the sweep says {due[odd[0]]}")

@@ -43,7 +43,7 @@ class Progress(Callback):
 
 # %% ../nbs/13b_watch.ipynb #742696ce
 class LivePlot(Callback):
-    """Draws the rows so far after every epoch, and shows the figure.
+    """Draws the rows of this fit so far after every epoch, and shows the figure.
 
     `draw(rows)` takes a list of dicts and returns Axes, or an array of them; `show(figure)` puts it where it is to be
     seen, in a notebook `display(None, display_id=True).update`. To be put behind the `Recorder`. Raises what the two

@@ -1,5 +1,6 @@
 """The trainer on the built-in pictures: the ladder of stages, memory that runs out, the golden loss curve."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,34 @@ def test_a_ladder_goes_on_in_the_middle_of_a_stage(tmp_path, toys):
     train(tmp_path, toys, "broken", "epochs=4", resume="broken")
     for (k, a), b in zip(bits(whole)[0].items(), bits(broken)[0].values(), strict=True): assert torch.equal(a, b), k
     with pytest.raises(ValueError, match="epochs: 9, but the stages have 4"): train(tmp_path, toys, "broken", "epochs=9", resume="broken")
+
+
+@pytest.mark.parametrize("reason", ["nan", "out of memory"])
+def test_a_stage_that_fails_as_it_thaws_begins_again(tmp_path, toys, monkeypatch, reason):
+    made, seen = experiment.make_loss, []
+
+    def once(*args):
+        whole = made(*args)
+        def loss(raws, targets):
+            seen.extend([1] * raws[0].requires_grad)
+            if len(seen) != len(toys["train"]) // 8 + 2 or not raws[0].requires_grad: return whole(raws, targets)
+            if reason != "nan": raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return {k: v * float("nan") for k, v in whole(raws, targets).items()}
+        return loss
+
+    monkeypatch.setattr(experiment, "make_loss", once)
+    run = train(tmp_path, toys, "thaw", "epochs=2", 'stages=[{"epochs": 1, "freeze": 10}, {"epochs": 1}]')
+    assert (run / "restarts.csv").read_text().splitlines()[1].startswith("2,1,0,") and load(run / "last")[0]["position"]["epoch"] == 2
+
+
+def test_a_run_killed_before_its_first_state_begins_with_its_weights(tmp_path, toys):
+    base = train(tmp_path, toys, "base", "epochs=1")
+    run = train(tmp_path, toys, "next", "epochs=1", f"weights={base}", "lr=0.0", "ema=0.0")
+    shutil.rmtree(run / "last")
+    (run / "last").mkdir()
+    train(tmp_path, toys, "next", resume="next")
+    want, got = (load(r / "last")[0]["ema" if r == base else "model"] for r in (base, run))
+    assert all(torch.equal(want[k], v) for k, v in got.items() if k.endswith("conv.weight"))
 
 
 def test_memory_that_runs_out_halves_the_batch(tmp_path, toys, monkeypatch):
