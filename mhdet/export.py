@@ -448,6 +448,7 @@ FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=(1., 16, 320)
 QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=(.125, 2, 64), toy=40, pictures=32, judged=60,
              calls=3)
 
+# %% ../nbs/20_export.ipynb #9f939640
 def bench(device="cpu", quick=False, imgsz=320):
     """Speed and memory, as ratios of things called in turn in one run.
 
@@ -483,10 +484,10 @@ def bench(device="cpu", quick=False, imgsz=320):
     parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb,
                  loss_25=loss_25, loss_fb_25=loss_fb_25, step=_step_sides(n["width"], n["step"], imgsz, place),
                  eval=_eval_side(n["pictures"], place), judge=_judge_sides(n["judged"]))
-    with tempfile.TemporaryDirectory() as folder:
-        parts["trainer"], _ = _trainer_sides(*n["trainer"], place, folder)
-        _, parts["toy"] = _trainer_sides(.25, 16, 128, place, f"{folder}/toy")
-        s = {k: _in_turn(sides, dict(eval=3, judge=1).get(k, n["calls"]), cuda) for k, sides in parts.items()}
+    s = {k: _in_turn(sides, dict(eval=3, judge=1).get(k, n["calls"]), cuda) for k, sides in parts.items()}
+    with tempfile.TemporaryDirectory() as folder:                          # last: it stirs the memory up
+        s["trainer"] = _in_turn(_trainer_sides(*n["trainer"], place, folder)[0], n["calls"], cuda)
+        s["toy"] = _in_turn(_trainer_sides(.25, 16, 128, place, f"{folder}/toy")[1], n["calls"], cuda)
     step = sum(s["step"].values())
     many = dict(
         decode_time_4to1=s["decode"]["four"] / s["decode"]["one"], decode_memory_4to1=peak["four"] / peak["one"],
