@@ -895,6 +895,7 @@ def _calm(worker):
 @atexit.register
 def _no_orphans():
     "What multiprocessing does with daemons at exit, by a signal that loaders cannot ignore: else it waits for ever."
+    if hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # torch would take it for a crash
     for worker in multiprocessing.active_children():
         if worker.daemon: worker.kill()
 
