@@ -167,7 +167,9 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
     The study's folder, runs/NAME, gets the table, the figures and report.md.
     """
     from mhdet.core import load_cfg
+    from mhdet.store import write_atomic
     from mhdet.study import study, study_table
+    if os.environ.get("WORLD_SIZE", "1") != "1": raise ValueError("a study is one process; train takes several")
     there = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
     newest = there[-1].parent.name if there else time.strftime("study_%Y%m%d_%H%M%S")
     name = next(iter(names), chosen.get("run")) or newest
@@ -178,11 +180,12 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
         asked["chosen"] |= _resumable(name, chosen)
     elif any(folder.glob("base-s*")): raise FileExistsError(f"{folder}: exists already; --resume {name}?")
     def say(line):                                               # the first one comes when all was found in order
-        (folder / "asked.json").write_text(json.dumps(asked), encoding="utf8")
+        write_atomic(folder / "asked.json", json.dumps(asked).encode())
         print(line)
     found = study(load_cfg(asked["chosen"]), asked["seeds"], asked["arms"].split(","), asked["heads"], ROOT, say=say)
     return found, f"{_table(study_table(found))}\n\n{found['sentence']}\n{found['folder']}/report.md"
 
+# %% ../nbs/21_cli.ipynb #3a3bd7f6
 @_command()
 def _train(names, chosen, resume: str = _opt(None, "A run to go on with."),
            trust: bool = _opt(False, "Open pickled weights, which may run code in them.", "--trust")):

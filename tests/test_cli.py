@@ -284,7 +284,7 @@ def test_one_run_through_all_commands(here):
     assert seen["pictures"] == 2 and Path("seen/7.png").is_file() and {"base", "parted"} <= {r["run"] for r in mhdet_json("runs")}
 
 
-def test_study_is_finished_once(here):
+def test_study_is_finished_once(here, monkeypatch):
     line = f"study --data data {TINY} epochs=1 extra_epochs=1 --heads 2 run=small"
     found = mhdet_json(line)
     assert set(found) >= {"baseline", "split", "arms", "seconds"} and found["split"]["same_detections"]
@@ -292,6 +292,8 @@ def test_study_is_finished_once(here):
     assert mhdet(line)[0] == 2
     assert mhdet_json("study --resume")["baseline"]["AP50"] == found["baseline"]["AP50"]
     assert "'lr' cannot be changed" in mhdet("study small --resume lr=1")[2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "a study is one process" in mhdet("study --resume")[2]
 
 
 def test_resized_copy_and_standard_heads(here):
