@@ -93,15 +93,15 @@ class Stage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """How it is trained, and how its answers are read.
 
-    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `lr_scaling` for optimiser steps of
-    more; `warmup` in epochs, never more than a tenth of the run, from the rate `warmup_bias_lr` for biases (None: .1 or
-    10 `lr`, the smaller) and `warmup_momentum`; `lrf` the share of `lr` left at the end; `lr_parts` are epochs for
-    `schedule=step`, [share of lr, epochs] each for `restarts`; `freeze` is the last part or the first layer number not
-    frozen; `stages` follow each other and make up `epochs`; `multi_scale` is the least and the greatest side, px; the
-    gains are for 640 px and 80 classes and scaled from there; `restarts` is how often an epoch is begun again when its
-    loss is no number, with `restart_seeds` in turn; AP is measured after the first
-    `eval_after` epochs, on a share `eval_share` of dev; `early_stop` counts epochs without a better AP50 (0: off);
-    `max_hours` is wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`. Source: own.
+    `lr` is for `nominal_batch` pictures, to which smaller batches are accumulated; `lr_scaling` for optimiser steps
+    of more; `warmup` in epochs, never more than a tenth of the run, from the rate `warmup_bias_lr` for biases (None:
+    .1 or 10 `lr`, the smaller) and `warmup_momentum`; `lrf` the share of `lr` left at the end; `lr_parts` are epochs
+    for `schedule=step`, [share of lr, epochs] each for `restarts`; `freeze` is the last part or the first layer
+    number not frozen; `stages` follow each other and make up `epochs`; `multi_scale` is the least and the greatest
+    side, px; the gains are for 640 px and 80 classes and scaled from there; `restarts` is how often an epoch is begun
+    again when its loss is no number, with `restart_seeds` in turn; AP is measured after the first `eval_after`
+    epochs, on a share `eval_share` of dev; `early_stop` counts epochs without a better AP50 (0: off); `max_hours` is
+    wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`. Source: own.
     """
     run: str | None = None
     seed: int = 0
@@ -220,6 +220,12 @@ def read_yaml(path):
     return out or {}
 
 # %% ../nbs/00_core.ipynb #d9d5675f
+def _write_whole(path, text):
+    "Write a text, whole or not at all: a run cannot go on without its files."
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf8")
+    os.replace(part, path)
+
 class Cfg(msgspec.Struct, forbid_unknown_fields=True):
     """The three groups together: `cfg.data`, `cfg.net`, `cfg.train`.
 
@@ -232,10 +238,7 @@ class Cfg(msgspec.Struct, forbid_unknown_fields=True):
 
     def flat(self): return {k: v for g in msgspec.to_builtins(self).values() for k, v in g.items()}
     def override(self, **changes): return load_cfg(self.flat(), changes)
-    def save(self, path):
-        part = Path(path).with_suffix(".part")                    # whole or not at all: a run cannot go on without it
-        part.write_text(yaml.safe_dump(self.flat(), sort_keys=False), encoding="utf8")
-        os.replace(part, path)
+    def save(self, path): _write_whole(Path(path), yaml.safe_dump(self.flat(), sort_keys=False))
 
 GROUP = {f: g.name for g in msgspec.structs.fields(Cfg) for f in g.type.__struct_fields__}
 
@@ -409,8 +412,7 @@ def note_run(run, **facts):
     own
     """
     env = json.loads((run / "env.json").read_text()) | facts
-    (run / "env.part").write_text(json.dumps(env, indent=1), encoding="utf8")
-    os.replace(run / "env.part", run / "env.json")
+    _write_whole(run / "env.json", json.dumps(env, indent=1))
 
 def this_process():
     """Host, number and start of this process: as `process` in `env.json` they say who trains a run.

@@ -367,8 +367,7 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
         terms = {f"dev/{k}": facts[k] for k in ("box", "obj", "cls") if k in facts}
         return terms | {k: found["coco"][k] for k in ("AP50", "AP")} | {k: found[k] for k in ("P", "R")}
     more = accumulation(cfg.data.batch, t.nominal_batch)[1] ** {"none": 0, "sqrt": .5, "linear": 1}[t.lr_scaling]
-    schedules, frozen = stages(t)
-    for s in schedules: s.lr *= more
+    schedules, frozen = stages(t, more)
     parts = dict(model.trunk.named_children()) | dict(model.trunk.layers())
     wanted = [*schedules,
               t.multi_scale and MultiScale(*t.multi_scale, seed=t.seed),
@@ -398,6 +397,7 @@ def _taken_up(run, cfg):
 
 def _share(records, share):
     "Evenly spaced pictures of a split."
+    if not 0 < share <= 1: raise ValueError(f"eval_share={share}: a share above 0, at most 1, is due")
     return records.subset(np.arange(0, len(records), 1 / share).astype(int)) if share < 1 and len(records) else records
 
 def _learner(cfg, run, model, data, batches, dev, accelerator, quiet):
@@ -440,7 +440,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=()):
     FileExistsError, FileNotFoundError, ValueError
         Run exists already, or is being trained; no such run; bad data, heads or weights.
     NonFinite, OutOfMemory
-        The loss is no number; a batch does not fit. More often than `restarts` allows.
+        The loss is no number more often than `restarts` allows; no part of a batch fits into memory.
 
     References
     ----------

@@ -208,13 +208,15 @@ class FreezeStages(Callback):
         for m in self.inside: m.training = False       # whoever called model.train() in between
 
 # %% ../nbs/13_policy.ipynb #5652a6c8
-def stages(train):
+def stages(train, scale=1.):
     """The spans of a run: schedule and frozen parts of each.
 
     Parameters
     ----------
     train : TrainCfg
         Without `stages` it is one.
+    scale : float
+        Of every rate.
 
     Returns
     -------
@@ -235,7 +237,8 @@ def stages(train):
         lr, lrf, warmup, bias = (getattr(t, k) if getattr(s, k) is None else getattr(s, k)
                                  for k in ("lr", "lrf", "warmup", "warmup_bias_lr"))
         span, frozen[first] = (first, first + s.epochs), s.freeze
-        made.append(Schedule(lr, lrf, warmup, t.schedule, t.momentum, t.warmup_momentum, bias, t.lr_parts, span))
+        moment = t.momentum, t.warmup_momentum
+        made.append(Schedule(lr * scale, lrf, warmup, t.schedule, *moment, bias, t.lr_parts, span))
         first += s.epochs
     return made, frozen
 
