@@ -55,8 +55,10 @@ def readme():
     "README.md is nbs/index.ipynb in Markdown, the way nbdev writes it, without Quarto."
     nb = nbformat.read(ROOT / "nbs/index.ipynb", 4)
     nb.cells = [c for c in nb.cells if c.cell_type != "code" or not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, re.M)]
-    for c in nb.cells:
-        if c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+    for i, c in enumerate(nb.cells):
+        if "#| hide_input" in c.source:
+            nb.cells[i] = nbformat.v4.new_markdown_cell("\n".join(o.data["text/markdown"] for o in c.outputs))
+        elif c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
     nb.metadata["language_info"] = {"name": "python"}
     text, res = MarkdownExporter().from_notebook_node(nb)
     assert not res["outputs"], "README cells must not draw: embed a committed picture instead"
