@@ -17,7 +17,8 @@ SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
 
 def _line(error):
     "An error as one line of text; one that was not foreseen says what it is."
-    if hasattr(error, "format_message"): text = error.format_message()
+    if hasattr(error, "option_name"): text = f"{error.format_message()}; choices are words: {error.option_name.strip('-')}=..."
+    elif hasattr(error, "format_message"): text = error.format_message()
     elif isinstance(error, KeyError): text = str(error.args[0]) if error.args else "KeyError"
     elif isinstance(error, OSError) and error.strerror: text = ": ".join(filter(None, (error.filename, error.strerror)))
     elif isinstance(error, (ValueError, OSError)): text = str(error)
@@ -116,7 +117,8 @@ def _counted(words, least, most):
     if least <= len(words) and (most is None or len(words) <= most): return words
     due = {(0, 0): "no name", (1, 1): "one name", (0, 1): "at most one name"}
     due = due.get((least, most), f"{least} names or more")
-    raise ValueError(f"{due} is due here, got {' '.join(words) or 'none'}")
+    data = next((f"; a data set is given as --data {w}" for w in words if Path(w).exists()), "")
+    raise ValueError(f"{due} is due here, got {' '.join(words) or 'none'}{data}")
 
 def _signature(own, keys, metavar):
     "What typer is to see: a command's own options, the choices that are options too, and what all commands share."
@@ -172,6 +174,8 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
     if os.environ.get("WORLD_SIZE", "1") != "1": raise ValueError("a study is one process; train takes several")
     there = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
     newest = there[-1].parent.name if there else time.strftime("study_%Y%m%d_%H%M%S")
+    if names and not resume and Path(names[0]).exists():
+        raise ValueError(f"{names[0]} would be the name of the study, and is there already; data are given as --data {names[0]}")
     name = next(iter(names), chosen.get("run")) or newest
     folder, asked = Path(ROOT) / name, dict(seeds=seeds, arms=arms, heads=heads, chosen=chosen | dict(run=name))
     if resume:

@@ -140,7 +140,9 @@ BAD = {
     "study --resume": "no study there to go on with",
     "check --fixtures absent": "absent",
     "runs base": "no name is due here, got base",
-    "train --fast": "No such option",
+    "train --fast": "; choices are words: fast=...",
+    "train data": "no name is due here, got data; a data set is given as --data data",
+    "study data": "data would be the name of the study, and is there already; data are given as --data data",
     "partition --heads many": "Invalid value for '--heads'",
     "trian": "Did you mean 'train'?",
 }
