@@ -1,8 +1,15 @@
-"""Build what is derived from the notebooks: `python docs/build.py outputs [NB...]` or `python docs/build.py readme`."""
+"""Build what is derived from the notebooks.
+
+python docs/build.py [--run]            README.md and the site, in _site/; --run runs all notebooks first
+python docs/build.py outputs [NB...]    run notebooks and save their outputs
+python docs/build.py readme             README.md
+python docs/build.py site [FOLDER]      the site
+"""
 import configparser
 import os
 import re
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -63,8 +70,26 @@ def readme():
     return re.sub(r"\n{3,}", "\n\n", text).replace("](../", "](").strip() + "\n"
 
 
+def write_readme(): (ROOT / "README.md").write_text(readme(), encoding="utf8")
+
+
+def site(folder=ROOT / "_site"):
+    "HTML pages from the saved outputs; a warning is an error."
+    from sphinx.cmd.build import main as sphinx
+    from stage import stage
+    start, folder = time.time(), Path(folder).absolute()
+    with tempfile.TemporaryDirectory() as tree:
+        stage(Path(tree))
+        if failed := sphinx(["-q", "-W", "-j2", "-c", str(ROOT / "docs"), "-d", f"{tree}.doctrees", tree, str(folder)]): sys.exit(failed)
+    print(f"{folder}: {sum(1 for _ in folder.rglob('*.html'))} pages, {time.time() - start:.0f} s")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["outputs", *notebooks]: outputs(*notebooks)
-        case ["readme"]: (ROOT / "README.md").write_text(readme(), encoding="utf8")
+        case ["readme"]: write_readme()
+        case ["site", *folder] if len(folder) < 2: site(*folder)
+        case [] | ["--run"] as run:
+            if run: outputs()
+            write_readme(), site()
         case _: sys.exit(__doc__)

@@ -1,0 +1,73 @@
+"""Sphinx, over the tree that stage.py writes. Nothing is executed, and no page asks for anything from outside."""
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stage import ROOT, cfg, repo_url
+
+sys.path.insert(0, str(ROOT))
+
+project, author, version = cfg["lib_name"], cfg["author"], cfg["version"]
+copyright = cfg["copyright"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+default_role = "py:obj"                                  # `name` in a docstring leads to the name, where there is one
+
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_ipywidgets_js = {"vendor/require.js": {}, "vendor/embed-amd.js": {}}
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block"]
+myst_heading_anchors = 3
+mathjax_path = "vendor/mathjax/tex-mml-chtml.js"
+
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False                       # else the text of nn.Module.forward stands under every network
+autodoc_typehints = "none"                               # the docstrings say shapes and units
+autodoc_preserve_defaults = True
+napoleon_google_docstring = False
+napoleon_use_param = napoleon_use_rtype = napoleon_use_ivar = False
+suppress_warnings = ["misc.highlighting_failure"]        # a line of shell in a block of Python, as in Colab
+python_maximum_signature_line_length = 100
+
+html_theme = "sphinx_book_theme"
+html_title = project
+html_logo, html_favicon = "static/logo.svg", "static/logo.svg"
+html_static_path, html_css_files = ["static", "node_modules/site"], ["site.css"]
+html_context = dict(default_mode="auto")
+html_baseurl = cfg["doc_host"] + cfg["doc_baseurl"] + "/"
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = dict(
+    repository_url=cfg["git_url"], repository_branch=cfg["branch"], use_repository_button=True, use_download_button=False,
+    use_issues_button=False, use_edit_page_button=False, show_navbar_depth=1, show_toc_level=2, home_page_in_toc=False,
+    navbar_persistent=[], logo=dict(text=project))
+
+
+def name_figures(app, doctree, docname):
+    "Every cell gets an anchor, and under what it draws stands which notebook and cell drew it."
+    for cell in doctree.findall(lambda n: isinstance(n, nodes.container) and n.get("nb_element") == "cell_code"):
+        anchor = cell["cell_metadata"].get("anchor")
+        cell["ids"].append(f"cell-{anchor}")
+        drawn = [m for m in cell.findall(nodes.container) if m.get("mime_type", "").startswith(("image/", "application/vnd.jupyter.w"))]
+        if not drawn: continue
+        page = f"{docname}.ipynb"
+        by = nodes.paragraph("", "made by ", classes=["made-by"])
+        by += nodes.reference("", page.rsplit("/")[-1], refuri=repo_url(page), internal=False)
+        by += nodes.Text(", ")
+        by += nodes.reference("", f"cell {anchor}", refuri=f"#cell-{anchor}", internal=True)
+        cell.children[-1].append(by)
+
+
+def escape(app, what, name, obj, options, lines):
+    "Bars and stars of a docstring are bars and stars."
+    lines[:] = ["".join(p if i % 2 else re.sub(r"(?<=\S|\s)([|*])", r"\\\1", p) for i, p in enumerate(re.split(r"(`[^`]*`)", s))) for s in lines]
+
+
+def setup(app):
+    app.connect("autodoc-skip-member", lambda app, what, name, obj, skip, options: skip or not (callable(obj) or isinstance(obj, property)))
+    app.connect("autodoc-process-docstring", escape, priority=400)        # before napoleon
+    app.connect("doctree-read", lambda app, doctree: name_figures(app, doctree, app.env.docname))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
