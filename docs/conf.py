@@ -1,14 +1,17 @@
 """Sphinx, over the tree that stage.py writes. Nothing is executed, and no page asks for anything from outside."""
+import importlib
 import re
 import sys
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stage import ROOT, cfg, repo_url
+from stage import ROOT, cfg, public, repo_url
 
 sys.path.insert(0, str(ROOT))
+for module in public(): importlib.import_module(f"{cfg['lib_name']}.{module}")        # once, before Sphinx forks
 
 project, author, version = cfg["lib_name"], cfg["author"], cfg["version"]
 copyright = cfg["copyright"]
@@ -17,7 +20,7 @@ default_role = "py:obj"                                  # `name` in a docstring
 
 nb_execution_mode = "off"
 nb_merge_streams = True
-nb_ipywidgets_js = {"vendor/require.js": {}, "vendor/embed-amd.js": {}}
+nb_ipywidgets_js = {"widgets.js": {}, "vendor/require.js": {}, "vendor/embed-amd.js": {}}
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 3
 mathjax_path = "vendor/mathjax/tex-mml-chtml.js"
@@ -61,6 +64,20 @@ def name_figures(app, doctree, docname):
         cell.children[-1].append(by)
 
 
+MODULE = {name: module for module, names in public().items() for name in names if re.search(r"[_A-Z]", name)}
+
+
+def link_names(app, doctree, docname):
+    "`split_heads` in a text leads to its page of the reference; plain words, which may mean something else, do not."
+    for node in list(doctree.findall(nodes.literal)):
+        name = node.astext().removesuffix("()")
+        if node["classes"] or name not in MODULE or isinstance(node.parent, (nodes.title, nodes.reference, pending_xref)): continue
+        ref = pending_xref("", refdomain="py", reftype="obj", reftarget=f"{cfg['lib_name']}.{MODULE[name]}.{name}", refexplicit=True,
+                           refdoc=docname, refwarn=True)
+        node.replace_self(ref)
+        ref += node
+
+
 def escape(app, what, name, obj, options, lines):
     "Bars and stars of a docstring are bars and stars."
     lines[:] = ["".join(p if i % 2 else re.sub(r"(?<=\S|\s)([|*])", r"\\\1", p) for i, p in enumerate(re.split(r"(`[^`]*`)", s))) for s in lines]
@@ -69,5 +86,5 @@ def escape(app, what, name, obj, options, lines):
 def setup(app):
     app.connect("autodoc-skip-member", lambda app, what, name, obj, skip, options: skip or not (callable(obj) or isinstance(obj, property)))
     app.connect("autodoc-process-docstring", escape, priority=400)        # before napoleon
-    app.connect("doctree-read", lambda app, doctree: name_figures(app, doctree, app.env.docname))
+    for f in (name_figures, link_names): app.connect("doctree-read", lambda app, doctree, f=f: f(app, doctree, app.env.docname))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -17,8 +17,10 @@ cfg = configparser.ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf8")
 cfg = cfg["DEFAULT"]
 
-SCRIPTS = {"mathjax/es5/tex-mml-chtml.js": "mathjax/tex-mml-chtml.js", "mathjax/es5/output": "mathjax/output",
-           "requirejs/require.js": "require.js", "@jupyter-widgets/html-manager/dist/embed-amd.js": "embed-amd.js"}
+MANAGER = "@jupyter-widgets/html-manager/dist"
+SCRIPTS = [("mathjax/es5/tex-mml-chtml.js", "mathjax"), ("mathjax/es5/output/chtml/fonts/woff-v2/*", "mathjax/output/chtml/fonts/woff-v2"),
+           ("requirejs/require.js", ""), (f"{MANAGER}/embed-amd.js", ""), (f"{MANAGER}/*.woff2", MANAGER),
+           (f"{MANAGER}/*.woff2", "@jupyter-widgets")]                     # two parts of the manager look in two places
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)\s#])")
 CODE = re.compile(r"(^ *```.*?^ *```|``.*?``|`[^`\n]*`)", re.M | re.S)
 KERNEL = nbformat.v4.new_markdown_cell(id="kernel", source="```{note}\nThe board below shows the state it was saved in. Its dials "
@@ -38,15 +40,14 @@ def repo_url(path=""):
 
 def vendor():
     "Fetch the scripts that package-lock.json pins, unless they are there, and lay out those that pages need in node_modules/site."
-    lock, kept, modules = DOCS / "package-lock.json", DOCS / "node_modules/site/package-lock.json", DOCS / "node_modules"
+    lock, kept, modules = DOCS / "package-lock.json", DOCS / "node_modules/fetched.json", DOCS / "node_modules"
     if kept.is_file() and kept.read_bytes() == lock.read_bytes(): return
     if not shutil.which("npm"): sys.exit("docs/build.py: npm, which fetches the scripts of the site, is not installed")
     done = subprocess.run(["npm", "ci", "--silent"], cwd=DOCS, capture_output=True, text=True)
     if done.returncode: sys.exit(f"docs/build.py: npm ci failed: {(done.stderr or done.stdout).strip()[-500:] or done.returncode}")
-    for source, target in SCRIPTS.items():
-        source, target = modules / source, modules / "site/vendor" / target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    for pattern, target in SCRIPTS:
+        (target := modules / "site/vendor" / target).mkdir(parents=True, exist_ok=True)
+        for source in modules.glob(pattern): shutil.copy(source, target)
     shutil.copy(lock, kept)
 
 
@@ -60,6 +61,13 @@ def relink(text, page, files):
             if not path.startswith("..") and (ROOT / path).exists(): return repo_url(path)
         raise ValueError(f"{page}: links to {match[1]}, which is not there")
     return "".join(p if i % 2 else LINK.sub(target, p) for i, p in enumerate(CODE.split(text)))
+
+
+def public():
+    "Module -> its public names."
+    files = {p.stem: p.read_text(encoding="utf8") for p in sorted((ROOT / cfg["lib_path"]).glob("[!_]*.py"))}
+    lists = {module: re.search(r"^__all__ = (\[.*?\])", text, re.M | re.S) for module, text in files.items()}
+    return {module: ast.literal_eval(found[1]) for module, found in lists.items() if found}
 
 
 def plain(source):
@@ -98,18 +106,17 @@ def chapter(nb, page, files):
     return nb
 
 
-def api(nb, page):
+def api(nb, page, known):
     "The page of a chapter's module, (name, question, text): every public name, and the cell that defines it."
     module = re.search(r"^#\|\s*default_exp (\w+)", "\n".join(c.source for c in nb.cells), re.M)[1]
     title, question = re.match(r"# (.*)\s+> (.*)", nb.cells[0].source).groups()
     exported = [c for c in nb.cells if c.cell_type == "code" and re.search(r"^#\|\s*export\b", c.source, re.M)]
-    public = re.search(r"^__all__ = (\[.*?\])", (ROOT / cfg["lib_path"] / f"{module}.py").read_text(encoding="utf8"), re.M | re.S)[1]
     number = re.match(r"nbs/(\d\d[a-z]?)", page)[1]
     out = [f"# mhdet.{module}", "", f"> {question}", "", f"Written in chapter [{number} {title}](../{page}).", "", "```{eval-rst}",
            f".. py:module:: mhdet.{module}", ""]
     for c in exported:
         for name, node in definitions(c.source).items():
-            if name not in ast.literal_eval(public): continue
+            if name not in known[module]: continue
             if isinstance(node, ast.Assign):
                 value = ast.unparse(node.value)
                 out += [f".. py:data:: {name}", f"   :value: {value if len(value) < 70 else value[:66] + ' ...'}"]
@@ -133,7 +140,8 @@ def stage(folder):
     found = [p for g in ("docs/*.md", "nbs/**/*.ipynb", "nbs/**/*.md", "nbs/figures/*", "data/**/*.*", "[A-Z]*.md") for p in ROOT.glob(g)]
     pages = {p.relative_to(ROOT).as_posix() for p in found if not re.search(r"/[._]|README", p.relative_to(ROOT).as_posix())}
     notebooks = {p: nbformat.read(ROOT / p, 4) for p in sorted(pages) if p.endswith(".ipynb")}
-    modules = [api(nb, p) for p, nb in notebooks.items() if re.match(r"nbs/\d\d", p)]
+    known = public()
+    modules = [api(nb, p, known) for p, nb in notebooks.items() if re.match(r"nbs/\d\d", p)]
     texts = {f"api/{module}.md": text for module, _, text in modules}
     rows = [f"| [{module}]({module}.md) | {question} |" for module, question, _ in modules]
     toc = ["```{toctree}", ":hidden:", *(module for module, *_ in modules), "```"]
