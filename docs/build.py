@@ -8,6 +8,7 @@ python docs/build.py site [FOLDER]      the site
 import configparser
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -78,9 +79,11 @@ def site(folder=ROOT / "_site"):
     from sphinx.cmd.build import main as sphinx
     from stage import stage
     start, folder = time.time(), Path(folder).absolute()
+    if (folder / ".buildinfo").is_file(): shutil.rmtree(folder)                             # an earlier site, which may hold more pages
     with tempfile.TemporaryDirectory() as tree:
         stage(Path(tree))
-        if failed := sphinx(["-q", "-W", "-j2", "-c", str(ROOT / "docs"), "-d", f"{tree}.doctrees", tree, str(folder)]): sys.exit(failed)
+        if failed := sphinx(["-q", "-W", "-j2", "-c", str(ROOT / "docs"), "-d", f"{tree}/doctrees", tree, str(folder)]): sys.exit(failed)
+    for template in folder.glob("_static/*webpack-macros.html"): template.unlink()          # no page: the theme leaves them
     print(f"{folder}: {sum(1 for _ in folder.rglob('*.html'))} pages, {time.time() - start:.0f} s")
 
 

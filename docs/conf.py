@@ -15,7 +15,8 @@ for module in public(): importlib.import_module(f"{cfg['lib_name']}.{module}")  
 
 project, author, version = cfg["lib_name"], cfg["author"], cfg["version"]
 copyright = cfg["copyright"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode",
+              "sphinx.ext.githubpages"]
 default_role = "py:obj"                                  # `name` in a docstring leads to the name, where there is one
 
 nb_execution_mode = "off"
@@ -35,6 +36,7 @@ napoleon_use_param = napoleon_use_rtype = napoleon_use_ivar = False
 suppress_warnings = ["misc.highlighting_failure"]        # a line of shell in a block of Python, as in Colab
 python_maximum_signature_line_length = 100
 
+exclude_patterns = ["doctrees"]
 html_theme = "sphinx_book_theme"
 html_title = project
 html_logo, html_favicon = "static/logo.svg", "static/logo.svg"

@@ -22,6 +22,7 @@ SCRIPTS = [("mathjax/es5/tex-mml-chtml.js", "mathjax"), ("mathjax/es5/output/cht
            ("requirejs/require.js", ""), (f"{MANAGER}/embed-amd.js", ""), (f"{MANAGER}/*.woff2", MANAGER),
            (f"{MANAGER}/*.woff2", "@jupyter-widgets")]                     # two parts of the manager look in two places
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)\s#])")
+BADGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
 CODE = re.compile(r"(^ *```.*?^ *```|``.*?``|`[^`\n]*`)", re.M | re.S)
 KERNEL = nbformat.v4.new_markdown_cell(id="kernel", source="```{note}\nThe board below shows the state it was saved in. Its dials "
                                        "compute in a running kernel: `mhdet lab` opens this notebook.\n```")
@@ -52,7 +53,8 @@ def vendor():
 
 
 def relink(text, page, files):
-    "Links hold wherever a page goes: to pages as they are, to other files in the repository; one that leads nowhere is an error."
+    """Links hold: to pages as they are, to other files in the repository; one that leads nowhere is an error. A picture from
+    elsewhere (a badge) becomes its words, since no page asks for anything from outside."""
     here = posixpath.dirname(placed(page)) or "."
     def target(match):
         near = posixpath.normpath(posixpath.join(posixpath.dirname(page), match[1]))
@@ -60,7 +62,7 @@ def relink(text, page, files):
             if path in files: return posixpath.relpath(placed(path), here)
             if not path.startswith("..") and (ROOT / path).exists(): return repo_url(path)
         raise ValueError(f"{page}: links to {match[1]}, which is not there")
-    return "".join(p if i % 2 else LINK.sub(target, p) for i, p in enumerate(CODE.split(text)))
+    return "".join(p if i % 2 else LINK.sub(target, p) for i, p in enumerate(CODE.split(BADGE.sub(r"\1", text))))
 
 
 def public():
@@ -102,6 +104,7 @@ def chapter(nb, page, files):
             if boards and KERNEL not in cells: cells.append(KERNEL)
         cells.append(c)
     if number := re.match(r"nbs/(\d\d[a-z]?)_", page): cells[0].source = cells[0].source.replace("# ", f"# {number[1]} ", 1)
+    if page == "nbs/index.ipynb": cells[0].source = re.sub(r"^# .*", "# Overview", cells[0].source)
     nb.cells = cells
     return nb
 
