@@ -36,7 +36,6 @@ napoleon_use_param = napoleon_use_rtype = napoleon_use_ivar = False
 suppress_warnings = ["misc.highlighting_failure"]        # a line of shell in a block of Python, as in Colab
 python_maximum_signature_line_length = 100
 
-exclude_patterns = ["doctrees"]
 html_theme = "sphinx_book_theme"
 html_title = project
 html_logo, html_favicon = "static/logo.svg", "static/logo.svg"
@@ -51,13 +50,13 @@ html_theme_options = dict(
     navbar_persistent=[], logo=dict(text=project))
 
 
-def name_figures(app, doctree, docname):
+def name_figures(doctree, docname):
     "Every cell gets an anchor, and under what it draws stands which notebook and cell drew it."
     for cell in doctree.findall(lambda n: isinstance(n, nodes.container) and n.get("nb_element") == "cell_code"):
         anchor = cell["cell_metadata"].get("anchor")
         cell["ids"].append(f"cell-{anchor}")
-        drawn = [m for m in cell.findall(nodes.container) if m.get("mime_type", "").startswith(("image/", "application/vnd.jupyter.w"))]
-        if not drawn: continue
+        kinds = [n["mime_type"] for n in cell.findall(nodes.container) if "mime_type" in n]
+        if not any(k.startswith("image/") or "widget-view" in k for k in kinds): continue
         page = f"{docname}.ipynb"
         by = nodes.paragraph("", "made by ", classes=["made-by"])
         by += nodes.reference("", page.rsplit("/")[-1], refuri=repo_url(page), internal=False)
@@ -69,12 +68,13 @@ def name_figures(app, doctree, docname):
 MODULE = {name: module for module, names in public().items() for name in names if re.search(r"[_A-Z]", name)}
 
 
-def link_names(app, doctree, docname):
+def link_names(doctree, docname):
     "`split_heads` in a text leads to its page of the reference; plain words, which may mean something else, do not."
     for node in list(doctree.findall(nodes.literal)):
         name = node.astext().removesuffix("()")
-        if node["classes"] or name not in MODULE or isinstance(node.parent, (nodes.title, nodes.reference, pending_xref)): continue
-        ref = pending_xref("", refdomain="py", reftype="obj", reftarget=f"{cfg['lib_name']}.{MODULE[name]}.{name}", refexplicit=True,
+        inside = isinstance(node.parent, (nodes.title, nodes.reference, pending_xref))
+        if inside or node["classes"] or name not in MODULE: continue
+        ref = pending_xref("", refdomain="py", reftype="obj", reftarget=f"{project}.{MODULE[name]}.{name}", refexplicit=True,
                            refdoc=docname, refwarn=True)
         node.replace_self(ref)
         ref += node
@@ -82,11 +82,18 @@ def link_names(app, doctree, docname):
 
 def escape(app, what, name, obj, options, lines):
     "Bars and stars of a docstring are bars and stars."
-    lines[:] = ["".join(p if i % 2 else re.sub(r"(?<=\S|\s)([|*])", r"\\\1", p) for i, p in enumerate(re.split(r"(`[^`]*`)", s))) for s in lines]
+    code_apart = [re.split(r"(`[^`]*`)", s) for s in lines]
+    lines[:] = ["".join(p if i % 2 else re.sub(r"(?<=.)([|*])", r"\\\1", p) for i, p in enumerate(s)) for s in code_apart]
+
+
+def fields(app, what, name, obj, skip, options):
+    "Fields are named in the text of their class."
+    return skip or not (callable(obj) or isinstance(obj, property))
 
 
 def setup(app):
-    app.connect("autodoc-skip-member", lambda app, what, name, obj, skip, options: skip or not (callable(obj) or isinstance(obj, property)))
+    app.connect("autodoc-skip-member", fields)
     app.connect("autodoc-process-docstring", escape, priority=400)        # before napoleon
-    for f in (name_figures, link_names): app.connect("doctree-read", lambda app, doctree, f=f: f(app, doctree, app.env.docname))
+    for f in (name_figures, link_names):
+        app.connect("doctree-read", lambda app, doctree, f=f: f(doctree, app.env.docname))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

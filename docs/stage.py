@@ -18,14 +18,18 @@ cfg.read(ROOT / "settings.ini", encoding="utf8")
 cfg = cfg["DEFAULT"]
 
 MANAGER = "@jupyter-widgets/html-manager/dist"
-SCRIPTS = [("mathjax/es5/tex-mml-chtml.js", "mathjax"), ("mathjax/es5/output/chtml/fonts/woff-v2/*", "mathjax/output/chtml/fonts/woff-v2"),
+FONTS = "output/chtml/fonts/woff-v2"
+SCRIPTS = [("mathjax/es5/tex-mml-chtml.js", "mathjax"), (f"mathjax/es5/{FONTS}/*", f"mathjax/{FONTS}"),
            ("requirejs/require.js", ""), (f"{MANAGER}/embed-amd.js", ""), (f"{MANAGER}/*.woff2", MANAGER),
            (f"{MANAGER}/*.woff2", "@jupyter-widgets")]                     # two parts of the manager look in two places
+PAGES = "docs/*.md", "nbs/**/*.ipynb", "nbs/**/*.md", "nbs/figures/*", "data/**/*.*", "[A-Z]*.md"
+TAGS = {"export": "hide-input", "exporti": "hide-input", "hide_input": "remove-input", "hide_output": "remove-output"}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)\s#])")
 BADGE = re.compile(r"!\[([^\]]*)\]\(https?:[^)]*\)")
 CODE = re.compile(r"(^ *```.*?^ *```|``.*?``|`[^`\n]*`)", re.M | re.S)
-KERNEL = nbformat.v4.new_markdown_cell(id="kernel", source="```{note}\nThe board below shows the state it was saved in. Its dials "
-                                       "compute in a running kernel: `mhdet lab` opens this notebook.\n```")
+KERNEL = nbformat.v4.new_markdown_cell(id="kernel", source="""```{note}
+The board below shows the state it was saved in. Its dials compute in a running kernel: `mhdet lab` opens this notebook.
+```""")
 
 
 def placed(page):
@@ -40,12 +44,13 @@ def repo_url(path=""):
 
 
 def vendor():
-    "Fetch the scripts that package-lock.json pins, unless they are there, and lay out those that pages need in node_modules/site."
+    "Fetch the scripts that package-lock.json pins, unless they are there; those that pages need go to node_modules/site."
     lock, kept, modules = DOCS / "package-lock.json", DOCS / "node_modules/fetched.json", DOCS / "node_modules"
     if kept.is_file() and kept.read_bytes() == lock.read_bytes(): return
     if not shutil.which("npm"): sys.exit("docs/build.py: npm, which fetches the scripts of the site, is not installed")
     done = subprocess.run(["npm", "ci", "--silent"], cwd=DOCS, capture_output=True, text=True)
-    if done.returncode: sys.exit(f"docs/build.py: npm ci failed: {(done.stderr or done.stdout).strip()[-500:] or done.returncode}")
+    said = (done.stderr or done.stdout).strip()[-500:] or done.returncode
+    if done.returncode: sys.exit(f"docs/build.py: npm ci failed: {said}")
     for pattern, target in SCRIPTS:
         (target := modules / "site/vendor" / target).mkdir(parents=True, exist_ok=True)
         for source in modules.glob(pattern): shutil.copy(source, target)
@@ -58,7 +63,7 @@ def relink(text, page, files):
     here = posixpath.dirname(placed(page)) or "."
     def target(match):
         near = posixpath.normpath(posixpath.join(posixpath.dirname(page), match[1]))
-        for path in near, posixpath.normpath(match[1]):                  # the front page writes links as README.md needs them
+        for path in near, posixpath.normpath(match[1]):          # the front page may write links as README.md needs them
             if path in files: return posixpath.relpath(placed(path), here)
             if not path.startswith("..") and (ROOT / path).exists(): return repo_url(path)
         raise ValueError(f"{page}: links to {match[1]}, which is not there")
@@ -97,9 +102,9 @@ def chapter(nb, page, files):
             what = ", ".join(definitions(c.source)) if "export" in flags else ""
             c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
             if flags & {"hide", "default_exp"} or not c.source.strip(): continue
-            folded = dict.fromkeys(["code_prompt_show", "code_prompt_hide"], what or "imports" * ("import " in c.source) or "helpers")
-            tags = {"export": "hide-input", "exporti": "hide-input", "hide_input": "remove-input", "hide_output": "remove-output"}
-            c.metadata = nbformat.from_dict(dict(anchor=c.id, mystnb=folded, tags=[tags[f] for f in sorted(flags & set(tags))]))
+            label = what or ("imports" if "import " in c.source else "helpers")
+            c.metadata = nbformat.from_dict(dict(anchor=c.id, tags=[TAGS[f] for f in sorted(flags & set(TAGS))],
+                                                 mystnb=dict(code_prompt_show=label, code_prompt_hide=label)))
             boards = any("widget-view" in kind for o in c.outputs for kind in o.get("data", {}))
             if boards and KERNEL not in cells: cells.append(KERNEL)
         cells.append(c)
@@ -115,8 +120,8 @@ def api(nb, page, known):
     title, question = re.match(r"# (.*)\s+> (.*)", nb.cells[0].source).groups()
     exported = [c for c in nb.cells if c.cell_type == "code" and re.search(r"^#\|\s*export\b", c.source, re.M)]
     number = re.match(r"nbs/(\d\d[a-z]?)", page)[1]
-    out = [f"# mhdet.{module}", "", f"> {question}", "", f"Written in chapter [{number} {title}](../{page}).", "", "```{eval-rst}",
-           f".. py:module:: mhdet.{module}", ""]
+    out = [f"# mhdet.{module}", "", f"> {question}", "", f"Written in chapter [{number} {title}](../{page}).", "",
+           "```{eval-rst}", f".. py:module:: mhdet.{module}", ""]
     for c in exported:
         for name, node in definitions(c.source).items():
             if name not in known[module]: continue
@@ -126,7 +131,11 @@ def api(nb, page, known):
             else:
                 kind = "class" if isinstance(node, ast.ClassDef) else "function"
                 out += [f".. auto{kind}:: {name}"] + ["   :members:"] * (kind == "class")
-            out += ["", "   .. container:: made-by", "", f"      `{page}, cell {c.id} <../{page[:-6]}.html#cell-{c.id}>`__", ""]
+            cell = f"`{page}, cell {c.id} <../{page[:-6]}.html#cell-{c.id}>`__"
+            out += ["", "   .. container:: made-by", "", f"      {cell}", ""]
+    if module == "cli":
+        text = subprocess.check_output([sys.executable, "-m", "mhdet", "--help"], cwd=ROOT, text=True)
+        out[(i := out.index("```{eval-rst}")):i] = ["```text", text.strip(), "```", ""]
     return module, question, "\n".join(out + ["```", ""])
 
 
@@ -140,7 +149,7 @@ def contents(text, pages):
 
 def stage(folder):
     "Write everything that Sphinx reads into an empty folder."
-    found = [p for g in ("docs/*.md", "nbs/**/*.ipynb", "nbs/**/*.md", "nbs/figures/*", "data/**/*.*", "[A-Z]*.md") for p in ROOT.glob(g)]
+    found = [p for pattern in PAGES for p in ROOT.glob(pattern)]
     pages = {p.relative_to(ROOT).as_posix() for p in found if not re.search(r"/[._]|README", p.relative_to(ROOT).as_posix())}
     notebooks = {p: nbformat.read(ROOT / p, 4) for p in sorted(pages) if p.endswith(".ipynb")}
     known = public()
@@ -151,7 +160,8 @@ def stage(folder):
     head = ["# Modules", "", "Each is written in the chapter of its name.", "", "| module | question |", "| --- | --- |"]
     texts["api/index.md"] = "\n".join([*head, *rows, "", *toc, ""])
     texts |= {p: relink((ROOT / p).read_text(encoding="utf8"), p, pages | set(texts)) for p in pages if p.endswith(".md")}
-    texts["docs/index.md"] = contents(texts["docs/index.md"].replace("../", ""), [p.rsplit(".")[0] for p in pages | set(texts)])
+    stems = [p.rsplit(".")[0] for p in pages | set(texts)]
+    texts["docs/index.md"] = contents(texts["docs/index.md"].replace("../", ""), stems)
     texts |= {p: nbformat.writes(chapter(nb, p, pages | set(texts))) for p, nb in notebooks.items()}
     for page in sorted(pages | set(texts)):
         target = folder / placed(page)

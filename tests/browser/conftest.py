@@ -8,9 +8,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 LOCAL = ("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "ws://localhost", "file:", "data:", "blob:", "about:")
 
 
-@pytest.fixture(scope="module")        # not the session: playwright keeps an event loop running, which later notebook tests need
+@pytest.fixture(scope="module")
 def browser():
-    "Chromium, once a test file."
+    "Chromium, once a test file: for longer it must not live, since playwright keeps asyncio's loop from later tests."
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium: pytest.skip("no chromium on the PATH (Debian, Ubuntu: apt install chromium)")

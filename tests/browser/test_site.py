@@ -1,4 +1,4 @@
-"""The site as a visitor meets it, with everything outside this machine refused: links, scripts, widgets, mathematics, search."""
+"""The site as a visitor meets it, everything outside this machine refused: links, scripts, widgets, mathematics, search."""
 import functools
 import http.server
 import importlib.util
@@ -27,7 +27,8 @@ def site(tmp_path_factory):
     if not (shutil.which("npm") or (ROOT / "docs/node_modules/fetched.json").is_file()):
         pytest.skip("npm, which fetches the scripts of the site, is not installed")
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run([sys.executable, ROOT / "docs/build.py", "site", folder], capture_output=True, text=True, timeout=280)
+    command = [sys.executable, ROOT / "docs/build.py", "site", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     if "npm ci failed" in done.stderr: pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -74,8 +75,8 @@ def broken(folder):
 def test_every_link_resolves(site, tmp_path):
     assert broken(site) == []
     assert len(list(site.rglob("*.html"))) > 60
-    (tmp_path / "a.html").write_text('<a href="b.html">b</a><a href="#c">c</a><a href="a.html#d" id="d">d</a><img src="https://x/y.png">')
-    assert [b.split(" ", 1)[1] for b in broken(tmp_path)] == ["b.html", "#c (no such anchor)", "https://x/y.png"]
+    (tmp_path / "a.html").write_text('<a href="b.html">b</a><a href="#c">c</a><a href="#d" id="d">d</a><img src="https://x/y">')
+    assert [b.split(" ", 1)[1] for b in broken(tmp_path)] == ["b.html", "#c (no such anchor)", "https://x/y"]
 
 
 def test_staged_links(monkeypatch):
@@ -85,7 +86,8 @@ def test_staged_links(monkeypatch):
     text = "[a](scale.md#x) [b](../nbs/log.md) [c](../LICENSE) [![d](https://e/f.svg)](https://g) `[h](i)`"
     assert relink(text, "docs/index.md", {"docs/scale.md", "nbs/log.md"}) == (
         "[a](docs/scale.md#x) [b](nbs/log.md) [c](https://github.com/mhdet/mhdet/blob/main/LICENSE) [d](https://g) `[h](i)`")
-    with pytest.raises(ValueError, match="docs/coco.md: links to absent.md, which is not there"): relink("[a](absent.md)", "docs/coco.md", set())
+    with pytest.raises(ValueError, match="docs/coco.md: links to absent.md, which is not there"):
+        relink("[a](absent.md)", "docs/coco.md", set())
 
 
 def test_figures_name_their_cells(site):
