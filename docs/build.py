@@ -1,8 +1,16 @@
-"""Build what is derived from the notebooks: `python docs/build.py outputs [NB...]` or `python docs/build.py readme`."""
+"""Build what is derived from the notebooks.
+
+python docs/build.py [--run]            README.md and the site, in _site/; --run runs all notebooks first
+python docs/build.py outputs [NB...]    run notebooks and save their outputs
+python docs/build.py readme             README.md
+python docs/build.py site [FOLDER]      the site
+"""
 import configparser
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -62,11 +70,34 @@ def readme():
     nb.metadata["language_info"] = {"name": "python"}
     text, res = MarkdownExporter().from_notebook_node(nb)
     assert not res["outputs"], "README cells must not draw: embed a committed picture instead"
-    return re.sub(r"\n{3,}", "\n\n", text).replace("](../", "](").strip() + "\n"
+    moved = lambda m: os.path.normpath(f"nbs/{m[0]}") if (ROOT / "nbs" / m[0]).exists() else m[0]
+    return re.sub(r"(?<=\]\()[^)\s:#]+", moved, re.sub(r"\n{3,}", "\n\n", text)).strip() + "\n"
+
+
+def write_readme(): (ROOT / "README.md").write_text(readme(), encoding="utf8")
+
+
+def site(folder=ROOT / "_site"):
+    "HTML pages from the saved outputs; a warning is an error."
+    from sphinx.cmd.build import main as sphinx
+    from stage import stage
+    start, folder = time.time(), Path(folder)
+    with tempfile.TemporaryDirectory() as work:
+        stage(Path(work, "pages"))
+        places = ["-c", str(ROOT / "docs"), "-d", f"{work}/doctrees", f"{work}/pages", f"{work}/html"]
+        if failed := sphinx(["-q", "-W", "-j2", *places]): sys.exit(failed)
+        for template in Path(work, "html/_static").glob("*webpack-macros.html"): template.unlink()      # left by the theme
+        if (folder / ".buildinfo").is_file(): shutil.rmtree(folder)              # an earlier site, which may hold more pages
+        shutil.copytree(f"{work}/html", folder, dirs_exist_ok=True)
+    print(f"{folder}: {sum(1 for _ in folder.rglob('*.html'))} pages, {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["outputs", *notebooks]: outputs(*notebooks)
-        case ["readme"]: (ROOT / "README.md").write_text(readme(), encoding="utf8")
+        case ["readme"]: write_readme()
+        case ["site", *folder] if len(folder) < 2: site(*folder)
+        case [] | ["--run"] as run:
+            if run: outputs()
+            write_readme(), site()
         case _: sys.exit(__doc__)

@@ -17,7 +17,8 @@ SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
 
 def _line(error):
     "An error as one line of text; one that was not foreseen says what it is."
-    if hasattr(error, "option_name"): text = f"{error.format_message()}; choices are words: {error.option_name.strip('-')}=..."
+    option = getattr(error, "option_name", "").strip("-")
+    if option: text = f"{error.format_message()}; choices are words: {option}=..."
     elif hasattr(error, "format_message"): text = error.format_message()
     elif isinstance(error, KeyError): text = str(error.args[0]) if error.args else "KeyError"
     elif isinstance(error, OSError) and error.strerror: text = ": ".join(filter(None, (error.filename, error.strerror)))
@@ -175,7 +176,7 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
     there = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
     newest = there[-1].parent.name if there else time.strftime("study_%Y%m%d_%H%M%S")
     if names and not resume and Path(names[0]).exists():
-        raise ValueError(f"{names[0]} would be the name of the study, and is there already; data are given as --data {names[0]}")
+        raise ValueError(f"{names[0]}, a file or folder here, is no name for a study; a data set is given as --data {names[0]}")
     name = next(iter(names), chosen.get("run")) or newest
     folder, asked = Path(ROOT) / name, dict(seeds=seeds, arms=arms, heads=heads, chosen=chosen | dict(run=name))
     if resume:

@@ -227,7 +227,7 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
     return out
 
 # %% ../nbs/16_study.ipynb #07d1aa78
-WEAK = .05                                                             # AP50 of a detector that has hardly learnt anything
+WEAK = .05                                                     # AP50 of a detector that has hardly learnt anything
 
 def verdict(found):
     """One sentence for a study.
@@ -262,7 +262,7 @@ def verdict(found):
         parts.append(text)
     text = "; ".join(parts) if parts else f"control alone: AP50 {control['AP50']:.3f}"
     weak = control["AP50"] < WEAK
-    return text + (f". An AP50 below {WEAK} says little: first train longer, larger, or on more pictures." if weak else ".")
+    return text + (f". An AP50 below {WEAK} says little: first train longer, or on more pictures." if weak else ".")
 
 # %% ../nbs/16_study.ipynb #fab73cab
 def study_table(found):
