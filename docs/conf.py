@@ -21,6 +21,7 @@ default_role = "py:obj"                                  # `name` in a docstring
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 nb_ipywidgets_js = {"widgets.js": {}, "vendor/require.js": {}, "vendor/embed-amd.js": {}}
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 3

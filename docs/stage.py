@@ -32,9 +32,15 @@ The board below shows the state it was saved in. Its dials compute in a running 
 ```""")
 
 
+CONTENTS = {"Begin": ["nbs/tutorials/*", "docs/*"], "Ground": ["nbs/00*"], "Boxes": ["nbs/0[1-9]*", "nbs/10*"],
+            "Training": ["nbs/1[1-4]*"], "Meeting": ["nbs/1[5-8]*"], "Doors": ["nbs/19*", "nbs/2*"], "Studies": ["nbs/studies/*"],
+            "House": ["nbs/log", "nbs/design", "[A-Z]*"], "Reference": ["api/index"]}
+FRONT = "nbs/index.ipynb"
+
+
 def placed(page):
     "Where a file of the repository stands in the tree."
-    return "index.md" if page == "docs/index.md" else page
+    return "index.ipynb" if page == FRONT else page
 
 
 def repo_url(path=""):
@@ -109,7 +115,6 @@ def chapter(nb, page, files):
             if boards and KERNEL not in cells: cells.append(KERNEL)
         cells.append(c)
     if number := re.match(r"nbs/(\d\d[a-z]?)_", page): cells[0].source = cells[0].source.replace("# ", f"# {number[1]} ", 1)
-    if page == "nbs/index.ipynb": cells[0].source = re.sub(r"^# .*", "# Overview", cells[0].source)
     nb.cells = cells
     return nb
 
@@ -139,12 +144,13 @@ def api(nb, page, known):
     return module, question, "\n".join(out + ["```", ""])
 
 
-def contents(text, pages):
-    "Drop from tables of contents what matches no page yet."
-    def kept(match):
-        lines = [s for s in match[0].splitlines() if not re.search(r"[*?\]]", s) or fnmatch.filter(pages, s)]
-        return "\n".join(lines) if lines[-2] else ""
-    return re.sub(r"^```\{toctree\}.*?^```", kept, text, flags=re.M | re.S)
+def contents(pages):
+    "The tables of contents, of the pages that are there."
+    out = []
+    for caption, patterns in CONTENTS.items():
+        kept = [p for p in patterns if fnmatch.filter(pages, p)]
+        if kept: out += ["```{toctree}", f":caption: {caption}", ":hidden:", ":glob:", "", *kept, "```", ""]
+    return nbformat.v4.new_markdown_cell("\n".join(out), id="contents")
 
 
 def stage(folder):
@@ -160,8 +166,7 @@ def stage(folder):
     head = ["# Modules", "", "Each is written in the chapter of its name.", "", "| module | question |", "| --- | --- |"]
     texts["api/index.md"] = "\n".join([*head, *rows, "", *toc, ""])
     texts |= {p: relink((ROOT / p).read_text(encoding="utf8"), p, pages | set(texts)) for p in pages if p.endswith(".md")}
-    stems = [p.rsplit(".")[0] for p in pages | set(texts)]
-    texts["docs/index.md"] = contents(texts["docs/index.md"].replace("../", ""), stems)
+    notebooks[FRONT].cells.append(contents([p.rsplit(".")[0] for p in pages | set(texts)]))
     texts |= {p: nbformat.writes(chapter(nb, p, pages | set(texts))) for p, nb in notebooks.items()}
     for page in sorted(pages | set(texts)):
         target = folder / placed(page)

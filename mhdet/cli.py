@@ -176,7 +176,7 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
     there = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
     newest = there[-1].parent.name if there else time.strftime("study_%Y%m%d_%H%M%S")
     if names and not resume and Path(names[0]).exists():
-        raise ValueError(f"{names[0]} is a file or folder here, no name for a study; data are given as --data {names[0]}")
+        raise ValueError(f"{names[0]} is a file or folder, no name for a study; data are given as --data {names[0]}")
     name = next(iter(names), chosen.get("run")) or newest
     folder, asked = Path(ROOT) / name, dict(seeds=seeds, arms=arms, heads=heads, chosen=chosen | dict(run=name))
     if resume:

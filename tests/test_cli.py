@@ -142,7 +142,7 @@ BAD = {
     "runs base": "no name is due here, got base",
     "train --fast": "; choices are words: fast=...",
     "train data": "no name is due here, got data; a data set is given as --data data",
-    "study data": "data is a file or folder here, no name for a study; data are given as --data data",
+    "study data": "data is a file or folder, no name for a study; data are given as --data data",
     "partition --heads many": "Invalid value for '--heads'",
     "trian": "Did you mean 'train'?",
 }

@@ -83,8 +83,8 @@ def test_staged_links(monkeypatch):
     "Pages stay, files of the repository are led to it, badges become words, code is left alone, a dead link is an error."
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from stage import relink
-    text = "[a](scale.md#x) [b](../nbs/log.md) [c](../LICENSE) [![d](https://e/f.svg)](https://g) `[h](i)`"
-    assert relink(text, "docs/index.md", {"docs/scale.md", "nbs/log.md"}) == (
+    text = "[a](../docs/scale.md#x) [b](log.md) [c](../LICENSE) [![d](https://e/f.svg)](https://g) `[h](i)`"
+    assert relink(text, "nbs/index.ipynb", {"docs/scale.md", "nbs/log.md"}) == (
         "[a](docs/scale.md#x) [b](nbs/log.md) [c](https://github.com/mhdet/mhdet/blob/main/LICENSE) [d](https://g) `[h](i)`")
     with pytest.raises(ValueError, match="docs/coco.md: links to absent.md, which is not there"):
         relink("[a](absent.md)", "docs/coco.md", set())
@@ -99,7 +99,7 @@ def test_figures_name_their_cells(site):
 
 
 @pytest.mark.parametrize("path, shows", [
-    ("index.html", "img[src*=study]"), ("nbs/10_loss.html", "mjx-container"), ("nbs/06_partition.html", ".cell_output img"),
+    ("index.html", "img[src*=front]"), ("nbs/10_loss.html", "mjx-container"), ("nbs/06_partition.html", ".cell_output img"),
     ("nbs/19_board.html", ".widget-slider"), ("api/heads.html", "[id='mhdet.heads.split_heads']"), ("nbs/log.html", "table")])
 def test_page(page, url, path, shows):
     "Typical pages load whole: nothing refused, missing or complained about, and what they are for is drawn."
