@@ -28,15 +28,20 @@ def _axes(rows, columns, width, height, **more):
     "Axes of a white figure, inches, that is not pyplot's: nothing else may show or close it."
     return Figure(figsize=(width, height), facecolor="w", layout="constrained").subplots(rows, columns, **more)
 
-def _bytes(axes, **how):
+def _webp(axes):
     file = io.BytesIO()
-    np.ravel(axes)[0].figure.savefig(file, dpi=80, **how)
+    np.ravel(axes)[0].figure.savefig(file, dpi=80, format="webp", pil_kwargs=dict(quality=80))
     return file.getvalue()
 
 def _pre(words): return f"<pre>{html.escape(words, quote=False)}</pre>"
 
-def _dropdown(description, options, **more):
-    return widgets.Dropdown(description=description, options=options, style=dict(description_width="70px"), **more)
+def _image(): return widgets.Image(format="webp", layout=dict(object_fit="contain", min_width="0", max_width="100%"))
+
+def _left(*dials): return widgets.VBox(dials, layout=dict(flex="0 0 310px"))
+
+def _dropdown(description, options, width=300):
+    return widgets.Dropdown(description=description, options=options, style=dict(description_width="initial"),
+                            layout=dict(width=f"{width}px", margin="2px 12px 2px 0"))
 
 # %% ../nbs/19_board.ipynb #c5311612
 def _strategies(names, counts, confusion, stats, groups):
@@ -59,7 +64,7 @@ def _picture(partition, counts, confusion):
     axes = _axes(1, 2, 10, 4.4, width_ratios=(1.2, 1))
     plot_confusion(confusion, partition.names, partition.head_of, axes[0])
     plot_balance(partition, counts, axes[1])
-    return _bytes(axes)
+    return _webp(axes)
 
 def _dials(names, known, out):
     "Strategy, the dials by their names, file name, button."
@@ -107,9 +112,8 @@ def partition_board(names, counts, confusion, stats=None, groups=None, out="head
     known = _strategies(names, counts, confusion, stats, groups)
     strategy, dials, where, button = _dials(names, known, out)
     said = widgets.HTML()
-    picture, text = widgets.Image(format="png"), widgets.HTML()
-    left = widgets.VBox([strategy, *dials.values(), where, button, said])
-    board = widgets.VBox([widgets.HBox([left, picture]), text])
+    picture, text = _image(), widgets.HTML()
+    board = widgets.VBox([widgets.HBox([_left(strategy, *dials.values(), where, button, said), picture]), text])
     def draw(_=None):
         unused = {"heads": ["standard"], "imbalance": known.keys() - {"optimal"}, "alpha": known.keys() - {"hybrid"}}
         for name, dial in dials.items(): dial.disabled = strategy.value in unused[name]
@@ -135,11 +139,12 @@ def _filters(table, names):
     "What can be asked of the table, as dropdowns; an empty value asks for nothing."
     n, classes = table["kind"].value_counts(), [("any", ""), *((name, c) for c, name in enumerate(names))]
     kinds = [(f"{words} ({n[k]:,})", k) for k, words in KIND_WORDS.items() if k in n]
-    options = {"label": ("class", classes), "size": ("size", [("any", ""), *((s, s) for s in SIZES if s)])}
-    if kinds: options["kind"] = "only", [("everything", ""), *kinds]
-    cells = [*classes, ("background", len(names))]
-    if (table["seen"] >= 0).any(): options |= dict(truth=("truth", cells), seen=("taken for", cells))
-    return {k: _dropdown(*v, layout=dict(width="230px")) for k, v in options.items()}
+    sizes, cells = [("any", ""), *((s, s) for s in SIZES if s)], [*classes, ("background", len(names))]
+    out = dict(label=_dropdown("class", classes, 165), size=_dropdown("size", sizes, 125))
+    if kinds: out["kind"] = _dropdown("only", [("everything", ""), *kinds], 250)
+    if (table["seen"] >= 0).any():
+        out |= dict(truth=_dropdown("truth", cells, 165), seen=_dropdown("taken for", cells, 195))
+    return out
 
 def _fits(table, asked):
     "Rows that are asked for, as a Series."
@@ -153,7 +158,7 @@ def _sample(records, i, partition, answers, fits, suspect):
     axes = np.ravel(_axes(1, n, width, min(width / n * h / w, 7) + .6))
     plot_sample(records, i, partition, answers, fits, axes)
     if suspect: plot_suspect(records.picture(i), suspect, records.names, axes[-1])
-    return _bytes(axes, format="webp", pil_kwargs=dict(quality=75))
+    return _webp(axes)
 
 def _slider():
     "A slider over pictures, previous, next, and room for words."
@@ -169,7 +174,7 @@ def _browser(records, partition, answers, table, suspects=()):
     "The board of a table; its attributes are those of `sample_board`."
     lead = np.isin(table.index.get_level_values(0), ["annotated", *list(answers)[:1], "suspects"])
     dials, (at, back, forth, text) = _filters(table[lead], records.names), _slider()
-    picture = widgets.Image(format="webp", layout=dict(max_width="100%", object_fit="contain", align_self="flex-start"))
+    picture = _image()
     top = widgets.HBox([*dials.values()], layout=dict(flex_flow="row wrap")), widgets.HBox([back, at, forth, text])
     board = widgets.VBox([*top, picture])
     def draw(_=None):
@@ -268,17 +273,20 @@ def _cells(matrix, partition, click):
     frame = [widgets.Layout(**size, border=f"1px solid {c}") for c in colors]
     shade = [widgets.ButtonStyle(button_color=f"rgb({g},{g},{g})", text_color="black" if g > 140 else "white",
                                  font_size="11px") for g in range(255, 54, -20)]
+    block = lambda i, j: head[i] if head[i] == head[j] else -1
     def button(i, j):
-        n, words = int(matrix[i, j]), f"{names[i]} taken for {names[j]}: {matrix[i, j]:,} ({share[i, j]:.0%})"
-        out = widgets.Button(description=str(n or "") if small else words, tooltip=words, disabled=not n,
-                             style=shade[round(10 * share[i, j])], layout=frame[head[i] if head[i] == head[j] else -1])
+        words = f"{names[i]} taken for {names[j]}: {matrix[i, j]:,} ({share[i, j]:.0%})"
+        out = widgets.Button(description=f"{matrix[i, j]}" if small else words, tooltip=words,
+                             style=shade[round(10 * share[i, j])], layout=frame[block(i, j)])
         out.on_click(lambda _: click(i, j))
         return out
     order = [*np.argsort(partition.head_of, kind="stable").tolist(), partition.nc]
-    cells = {ij: button(*ij) for ij in ([(i, j) for i in order for j in order] if small else _listed(matrix))}
+    some = [(i, j) for i in order for j in order if matrix[i, j]] if small else _listed(matrix)
+    cells = {ij: button(*ij) for ij in some}
+    blank = [widgets.Button(style=dict(button_color="transparent"), layout=f) for f in frame]    # stands in many places
     if not small: return cells, widgets.VBox([*cells.values()], layout=dict(max_height="400px", overflow="auto"))
     label = lambda i, *way: _label(names[i], colors[head[i]], *way)
-    rows = [w for i in order for w in (label(i), *(cells[i, j] for j in order))]
+    rows = [w for i in order for w in (label(i), *(cells.get((i, j), blank[block(i, j)]) for j in order))]
     top = [_label("truth, taken for", "transparent"), *(label(j, "vertical-rl") for j in order)]
     return cells, widgets.GridBox(top + rows, layout=dict(
         grid_template_columns=f"max-content repeat({len(order)}, 34px)", grid_gap="1px", align_items="flex-end"))
@@ -303,7 +311,7 @@ def _curves(root, runs, term, nh):
     axes = np.ravel(_axes(high, 3, 9, 2 * high))
     for ax in axes[len(keys):]: ax.set_axis_off()
     plot_runs({run: find_run(run, root)[0] for run in runs}, keys, axes[:len(keys)])
-    return _bytes(axes)
+    return _webp(axes)
 
 def _opened(root, data, split):
     "The table of runs, and the pictures they are about."
@@ -346,9 +354,9 @@ def runs_board(root="runs", data=None, split="val", conf=.25):
     label = [(f"{r.best:.3f}  {r.Index}  ({r.state})", r.Index) for r in table.itertuples()]
     runs = widgets.SelectMultiple(options=label, value=list(table.index[:2]), rows=min(12, len(label) + 1))
     term, first, second = (_dropdown(*v) for v in (("loss", ["obj", "box", "cls"]), ("run", []), ("beside", [])))
-    curves, (no_curves, text) = widgets.Image(layout=dict(object_fit="contain")), (widgets.HTML(), widgets.HTML())
-    below, top = widgets.VBox(), [widgets.VBox([runs, term, first, second, text]), widgets.VBox([curves, no_curves])]
-    board = widgets.VBox([widgets.HBox(top), below])
+    curves, no_curves, text, below = _image(), widgets.HTML(), widgets.HTML(), widgets.VBox()
+    right = widgets.VBox([curves, no_curves], layout=dict(min_width="0"))
+    board = widgets.VBox([widgets.HBox([_left(runs, term, first, second, text), right]), below])
     @cache
     def judged(run):
         partition, dt = _answers_of(run, root, records, conf)
@@ -377,7 +385,7 @@ def runs_board(root="runs", data=None, split="val", conf=.25):
         second.value = runs.value[1] if len(runs.value) > 1 else ""
         for d in (first, second): d.observe(show, "value")
         if runs.value: draw(), show()
-    for dial, act in ((runs, choose), (term, draw), (first, show), (second, show)): dial.observe(act, "value")
+    for dial, turn in ((runs, choose), (term, draw), (first, show), (second, show)): dial.observe(turn, "value")
     board.dials, board.text = dict(runs=runs, term=term, first=first, second=second), text
     choose()
     return board

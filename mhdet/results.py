@@ -234,7 +234,7 @@ def plot_boxes(picture, boxes, names, head_of=None, marked=None, ax=None):
     for i in np.argsort(marked, kind="stable"):                                         # the marked ones on top
         (x, y, x2, y2), c = boxes["box"][i], boxes["label"][i]
         color = HEAD_COLORS[(0 if head_of is None else head_of[c]) % 8]
-        lw, alpha, ink = (2, 1, "w" if color != HEAD_COLORS[6] else "k") if marked[i] else (1, .55, "w")
+        lw, alpha, ink = (2, 1, "w" if color != HEAD_COLORS[6] else "k") if marked[i] else (1, .75, "w")
         ax.add_patch(plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, lw=lw, ec=color, alpha=alpha))
         ax.text(x, y, names[c] + scores[i], color=ink, fontsize=7 if marked[i] else 6, clip_on=True,
                 va="bottom" if y > .06 * len(picture) else "top",
