@@ -705,9 +705,14 @@ def _doctor(names, chosen):
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
-    "JupyterLab in the right folder; more words go to it."
-    here = next((p for p in (Path("nbs"), Path(__file__).resolve().parents[1] / "nbs") if p.is_dir()), Path("."))
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(here), *ctx.args])
+    "JupyterLab on the workbook of the clone that one is in, or that is installed; more words go to it."
+    import importlib.util
+    if not importlib.util.find_spec("jupyterlab"): raise ValueError("JupyterLab is missing: pip install jupyterlab")
+    clones = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
+    book = next((p / "nbs" for p in clones if (p / "nbs/00_core.ipynb").is_file()), None)
+    if book: os.chdir(book)
+    else: typer.echo("no workbook here: it is in the repository, not in the package; this folder is opened", err=True)
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *ctx.args])
 
 # %% ../nbs/21_cli.ipynb #a902fc7a
 if __name__ == "__main__" and globals().get("__spec__"): app()                 # python -m mhdet.cli; not in a notebook

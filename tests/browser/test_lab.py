@@ -12,9 +12,11 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mhdet import cli
 from mhdet.data import TOY_CLASSES
 from mhdet.partition import load_heads
 
@@ -112,8 +114,8 @@ def test_partition_board(lab, boards):
 
 def test_sample_board(boards):
     board = boards[1]
-    changes(picture(board), lambda: choose(board, "class", "tent"))
-    changes(picture(board), lambda: choose(board, "truth", "tent"))
+    for name, option in (("only", "everything"), ("class", "tent"), ("class", "any"), ("truth", "disc"), ("taken for", "background")):
+        changes(picture(board), lambda: choose(board, name, option))
     changes(picture(board), lambda: board.get_by_title("next").click())
     assert board.get_by_text("2 of ").count()
     choose(board, "size", "large")
@@ -122,10 +124,24 @@ def test_sample_board(boards):
 
 def test_runs_board(boards):
     board = boards[2]
-    changes(picture(board), lambda: choose(board, "loss", "box"))
+    changes(picture(board), lambda: choose(board, "loss", "cls"))
     number = board.get_by_title("disc taken for disc").first
     changes(picture(board, 1), number.click)
+    board.get_by_text("1 of ").wait_for()
     changes(picture(board, 1), lambda: choose(board, "beside", "nothing"))
+
+
+def test_mhdet_lab_opens_the_right_folder(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(os, "execv", lambda program, words: asked.append((Path.cwd(), words[1:])))
+    for start in (ROOT / "tests", ROOT / "nbs/tutorials", tmp_path):               # inside a clone; outside, but installed from one
+        monkeypatch.chdir(start)
+        cli._lab(SimpleNamespace(args=["--port", "9999"]))
+    assert asked == [(ROOT / "nbs", ["-m", "jupyterlab", "--port", "9999"])] * 3 and capsys.readouterr().err == ""
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/mhdet/cli.py"))
+    monkeypatch.chdir(tmp_path)
+    cli._lab(SimpleNamespace(args=[]))
+    assert asked[-1] == (tmp_path, ["-m", "jupyterlab"]) and "no workbook here" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not ALL, reason="every chapter takes half an hour: MHDET_ALL=1 asks for it")
