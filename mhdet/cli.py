@@ -549,15 +549,10 @@ def _draw(picture, found, partition, ax):
     "A picture with its answers, coloured by head; a legend names the heads."
     import matplotlib.pyplot as plt
     from mhdet.core import HEAD_COLORS
-    colors = [HEAD_COLORS[h % len(HEAD_COLORS)] for h in range(partition.nh)]
-    ax.imshow(picture)
-    for box, label, score in zip(found["box"], found["label"], found["score"]):
-        c, style = colors[partition.head_of[label]], dict(color="w", fontsize=7, va="bottom")
-        ax.add_patch(plt.Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, lw=1.5, ec=c))
-        ax.text(*box[:2], f"{partition.names[label]} {score:.2f}", bbox=dict(fc=c, ec="none", pad=.8), **style)
-    handles = [plt.Line2D([], [], color=c, lw=4, label=head.name) for c, head in zip(colors, partition.heads)]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(.5, 0), ncols=min(4, len(handles)))
-    ax.set_axis_off()
+    from mhdet.results import plot_boxes
+    plot_boxes(picture, found, partition.names, partition.head_of, ax=ax)
+    chips = [plt.Line2D([], [], color=c, lw=4, label=h.name) for c, h in zip(HEAD_COLORS * 9, partition.heads)]
+    ax.legend(handles=chips, loc="upper center", bbox_to_anchor=(.5, 0), ncols=min(4, len(chips)))
     return ax
 
 def _pictures(paths, names):
