@@ -34,11 +34,17 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kw)
 
 
-def stable_ids(nb, stem):
-    "Widget model ids are random; number them by order of creation, so that a second run leaves no diff."
+def tidy_widgets(nb, stem):
+    "Keep the state of widgets that are shown, without what is null; number their random ids, so that a second run leaves no diff."
+    view = "application/vnd.jupyter.widget-view+json"
+    shown = [o.data[view]["model_id"] for c in nb.cells for o in c.get("outputs", ()) if view in o.get("data", {})]
     for widgets in nb.metadata.get("widgets", {}).values():
+        for model in shown:                                                 # the list grows by what its members hold
+            shown += sorted(set(re.findall(r"IPY_MODEL_(\w+)", str(widgets["state"][model]))) - set(shown))
+        widgets["state"] = {m: s for m, s in widgets["state"].items() if m in shown}
+        for s in widgets["state"].values(): s["state"] = {k: v for k, v in s["state"].items() if v is not None}
         text = nbformat.writes(nb)
-        for i, model in enumerate(list(widgets["state"])):
+        for i, model in enumerate(widgets["state"]):
             text = text.replace(model, uuid.uuid5(uuid.NAMESPACE_URL, f"{stem}/{i}").hex)
         nb.update(nbformat.reads(text, 4))
         return
@@ -53,7 +59,7 @@ def outputs(*notebooks):
         start, nb = time.time(), nbformat.read(path, 4)
         Client(nb, timeout=600, kernel_name="python3", store_widget_state=True, record_timing=False,
                coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}).execute()
-        stable_ids(nb, path.stem)
+        tidy_widgets(nb, path.stem)
         nbformat.write(nb, path)
         nbdev_clean(str(path))
         print(f"{path.name}: {time.time() - start:.1f} s", flush=True)

@@ -554,15 +554,10 @@ def _draw(picture, found, partition, ax):
     "A picture with its answers, coloured by head; a legend names the heads."
     import matplotlib.pyplot as plt
     from mhdet.core import HEAD_COLORS
-    colors = [HEAD_COLORS[h % len(HEAD_COLORS)] for h in range(partition.nh)]
-    ax.imshow(picture)
-    for box, label, score in zip(found["box"], found["label"], found["score"]):
-        c, style = colors[partition.head_of[label]], dict(color="w", fontsize=7, va="bottom")
-        ax.add_patch(plt.Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, lw=1.5, ec=c))
-        ax.text(*box[:2], f"{partition.names[label]} {score:.2f}", bbox=dict(fc=c, ec="none", pad=.8), **style)
-    handles = [plt.Line2D([], [], color=c, lw=4, label=head.name) for c, head in zip(colors, partition.heads)]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(.5, 0), ncols=min(4, len(handles)))
-    ax.set_axis_off()
+    from mhdet.results import plot_boxes
+    plot_boxes(picture, found, partition.names, partition.head_of, ax=ax)
+    chips = [plt.Line2D([], [], color=c, lw=4, label=h.name) for c, h in zip(HEAD_COLORS * 9, partition.heads)]
+    ax.legend(handles=chips, loc="upper center", bbox_to_anchor=(.5, 0), ncols=min(4, len(chips)))
     return ax
 
 def _pictures(paths, names):
@@ -710,9 +705,14 @@ def _doctor(names, chosen):
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
-    "JupyterLab in the right folder; more words go to it."
-    here = next((p for p in (Path("nbs"), Path(__file__).resolve().parents[1] / "nbs") if p.is_dir()), Path("."))
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(here), *ctx.args])
+    "JupyterLab on the workbook of the clone that one is in, or that is installed; more words go to it."
+    import importlib.util
+    if not importlib.util.find_spec("jupyterlab"): raise ValueError("JupyterLab is missing: pip install jupyterlab")
+    clones = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
+    book = next((p / "nbs" for p in clones if (p / "nbs/00_core.ipynb").is_file()), None)
+    if book: os.chdir(book)
+    else: typer.echo("no workbook here: it is in the repository, not in the package; this folder is opened", err=True)
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *ctx.args])
 
 # %% ../nbs/21_cli.ipynb #a902fc7a
 if __name__ == "__main__" and globals().get("__spec__"): app()                 # python -m mhdet.cli; not in a notebook

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IOUS', 'SIZES', 'ENGINES', 'pr_curve', 'ap_area', 'ap_voc07', 'ap_coco', 'ap_source', 'overlaps', 'Matched',
-           'match_dets', 'ap_per_class', 'operating_point', 'evaluate', 'confusion', 'suspects']
+           'match_dets', 'ap_per_class', 'operating_point', 'evaluate', 'taken_for', 'confusion', 'suspects']
 
 # %% ../nbs/04_metrics.ipynb #c7ae9bc2
 import contextlib, io, math
@@ -496,6 +496,49 @@ def evaluate(gt, dt, names, n_images, metrics=("coco", "voc07", "voc"), inclusiv
     return _defined(out | {k: float(v[-1]) for k, v in point.items()})
 
 # %% ../nbs/04_metrics.ipynb #675fb0b8
+def taken_for(gt, dt, nc, conf=.25, iou=.5):
+    """What every object was taken for, and what every detection took for it: one to one, by falling IoU.
+
+    Parameters
+    ----------
+    gt, dt : dict of arrays
+        As for `match_dets`.
+    nc : int
+        Number of classes.
+    conf : float
+        Least score of a detection that is counted.
+    iou : float
+        Least IoU of a pair.
+
+    Returns
+    -------
+    seen : int array (M,)
+        Class that each object was taken for; nc: missed, -1: `ignore` or crowd, not counted.
+    truth : int array (N,)
+        Class of each detection's object; nc: none, -1: score too low, or left over on an `ignore` or crowd box.
+
+    Raises
+    ------
+    ValueError
+        A label out of range.
+
+    References
+    ----------
+    own; the one-to-one rule by falling IoU is customary.
+    """
+    _in_range(gt, dt, label=nc)
+    off, at = gt["ignore"] | gt["crowd"], np.flatnonzero(dt["score"] >= conf)
+    d, g, overlap = overlaps(gt["box"], gt["image"], dt["box"][at], dt["image"][at], iou, crowd=gt["crowd"])
+    d, left = at[d], np.flatnonzero(~off[g])
+    left = left[np.lexsort((g[left], -dt["score"][d[left]], -overlap[left]))]
+    seen, truth = np.where(off, -1, nc), np.where(dt["score"] >= conf, nc, -1)
+    truth[d[off[g]]] = -1
+    while len(left):                               # a pair that is first for both sides is final; the rest asks again
+        pair = left[np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (d, g)))]
+        seen[g[pair]], truth[d[pair]] = dt["label"][d[pair]], gt["label"][g[pair]]
+        left = left[~np.isin(d[left], d[pair]) & ~np.isin(g[left], g[pair])]
+    return seen, truth
+
 def confusion(gt, dt, nc, n_images, conf=.25, iou=.5):
     """Count which class was taken for which, background included.
 
@@ -522,25 +565,12 @@ def confusion(gt, dt, nc, n_images, conf=.25, iou=.5):
 
     References
     ----------
-    own; the one-to-one rule by falling IoU is customary.
+    own; pairs as in `taken_for`.
     """
-    _in_range(gt, dt, label=nc, image=n_images)
-    dt = {k: v[dt["score"] >= conf] for k, v in dt.items()}
-    off = gt["ignore"] | gt["crowd"]
-    d, g, overlap = overlaps(gt["box"], gt["image"], dt["box"], dt["image"], iou, crowd=gt["crowd"])
-    left = np.flatnonzero(~off[g])
-    left = left[np.lexsort((g[left], -dt["score"][d[left]], -overlap[left]))]
-    met_g, met_d = np.full(len(off), nc), np.full(len(dt["label"]), nc)      # the class met on the other side; nc: none
-    while len(left):                               # a pair that is first for both sides is final; the rest asks again
-        first = np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (d, g)))
-        a, b = d[left[first]], g[left[first]]
-        met_g[b], met_d[a] = dt["label"][a], gt["label"][b]
-        left = left[(met_d[d[left]] == nc) & (met_g[g[left]] == nc)]
-    made_up = met_d == nc
-    made_up[d[off[g]]] = False
-    out = np.zeros((nc + 1, nc + 1), np.int64)
-    np.add.at(out, (gt["label"][~off], met_g[~off]), 1)
-    np.add.at(out, (nc, dt["label"][made_up]), 1)
+    _in_range(gt, dt, image=n_images)
+    out, (seen, truth) = np.zeros((nc + 1, nc + 1), np.int64), taken_for(gt, dt, nc, conf, iou)
+    np.add.at(out, (gt["label"][seen >= 0], seen[seen >= 0]), 1)
+    np.add.at(out, (nc, dt["label"][truth == nc]), 1)
     return out
 
 # %% ../nbs/04_metrics.ipynb #1169c34a

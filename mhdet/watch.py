@@ -6,6 +6,7 @@
 __all__ = ['Progress', 'LivePlot', 'Track']
 
 # %% ../nbs/13b_watch.ipynb #be007bdf
+import os, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from .learner import Callback
 
 # %% ../nbs/13b_watch.ipynb #e96d9c5c
 class Progress(Callback):
-    """A bar of the epoch and a line after it, on a terminal, from the first process; silent elsewhere.
+    """A bar of the epoch and a line after it, on a terminal or in a notebook, from the first process; silent elsewhere.
 
     `show` are keys of the log row for that line. Never waits for the device. Raises nothing. Source: own, on tqdm.
     """
@@ -26,9 +27,10 @@ class Progress(Callback):
 
     def before_epoch(self, learner):
         if self.bar: self.bar.close()                                           # an epoch that was left and begun again
-        quiet = None if learner.accelerator.is_main_process else True
+        notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
+        quiet = not learner.accelerator.is_main_process or ("TQDM_DISABLE" in os.environ if notebook else None)
         self.bar = tqdm(total=learner.n_batches, initial=learner.batch, disable=quiet, leave=False,
-                        desc=f"epoch {learner.epoch + 1}/{learner.epochs}")
+                        file=sys.stdout if notebook else None, desc=f"epoch {learner.epoch + 1}/{learner.epochs}")
 
     def after_batch(self, learner): self.bar.update()
 
