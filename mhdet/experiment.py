@@ -133,7 +133,7 @@ def build(cfg, names, root="runs"):
     try: old = load_run(cfg.net.weights, root)[0]
     except FileNotFoundError:
         if not Path(cfg.net.weights).is_file(): raise
-        old = load_foreign(cfg.net.weights, Partition.single(names), cfg.net.trust)
+        old = load_foreign(cfg.net.weights, None if cfg.net.transfer == "intersect" else partition, cfg.net.trust)
     if cfg.net.transfer == "intersect":
         transfer(model, old.state_dict())
         return model

@@ -7,7 +7,7 @@ __all__ = ['ANCHORS', 'STRIDES', 'as_rows', 'spread_rows', 'Adapter', 'MultiHead
            'split_heads', 'to_foreign', 'read_tensors', 'load_foreign', 'transfer']
 
 # %% ../nbs/08_heads.ipynb #34fccb43
-import copy, math
+import copy, itertools, math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -434,16 +434,30 @@ def read_tensors(path, trust=False):
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 # %% ../nbs/08_heads.ipynb #31657c5c
+def _filed(where, state, partition):
+    "The partition of a file's heads: one head if it has one, else as asked for; for None its own, classes by number."
+    keys = (f"model.77.{part}.0.bias" for part in ("m", *(f"heads.{h}" for h in range(len(state)))))
+    sizes = [len(state[k]) // 3 - 5 for k in keys if k in state]
+    if not sizes: raise ValueError(f"{where}: no 'model.77.m' and no 'model.77.heads'; not a detector of this family")
+    if partition is None:
+        ids = iter(range(sum(sizes)))
+        return Partition([Head(str(h), list(itertools.islice(ids, n))) for h, n in enumerate(sizes)],
+                         [str(c) for c in range(sum(sizes))])
+    if sizes == [partition.nc]: return Partition.single(partition.names)
+    if len(sizes) not in (1, partition.nh): raise ValueError(f"{where}: has {len(sizes)} heads; their head file is due")
+    return partition
+
 @torch.no_grad()
-def load_foreign(source, partition, trust=False):
+def load_foreign(source, partition=None, trust=False):
     """A detector from weights with the reference's names.
 
     Parameters
     ----------
     source : str, Path or dict
         A file for `read_tensors`, or its tensors.
-    partition : Partition
-        Which class each head answers for, in the order of the file's rows.
+    partition : Partition, optional
+        Which class each head answers for, in the order of the file's rows; a file of one head stays of one. None: the
+        file's heads, with classes named by their numbers.
     trust : bool
         As for `read_tensors`.
 
@@ -465,11 +479,13 @@ def load_foreign(source, partition, trust=False):
     where = "tensors" if isinstance(source, dict) else str(source)
     if "model.76.conv.weight" not in state:
         raise ValueError(f"{where}: no 'model.76.conv.weight'; not a detector of this family")
+    partition = _filed(where, state, partition)
     model = Detector.make(partition, len(state["model.76.conv.weight"]) / 512, "model.77.ia.0.implicit" in state)
     want = to_foreign(model, "model.77.m.0.weight" in state)
-    for k in want.keys() | state.keys():
+    for k in sorted(want.keys() | state.keys()):
         a, b = (tuple(d[k].shape) if k in d else None for d in (state, want))
-        if a != b: raise ValueError(f"{where}: '{k}' is {a or 'missing'}, a detector of {partition.nc} classes has {b}")
+        due = f"a detector of {partition.nc} classes has {'none' if b is None else b}"
+        if a != b: raise ValueError(f"{where}: '{k}' is {'missing' if a is None else a}, {due}")
     _fill(model, state, _head_rows(partition))
     return model.eval()
 
