@@ -648,6 +648,7 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
     found = bench(chosen.get("device", "cpu"), quick)
     return found, bench_table(found).rename_axis("ratio").reset_index()
 
+# %% ../nbs/21_cli.ipynb #d1e22bcb
 @_command("imgsz nms_iou max_det", (1, 1), "RUN [key=value]...")
 def _export(names, chosen, out: str = _opt(..., "The file."),
             nms: bool = _opt(False, "With suppression inside.", "--nms"),
