@@ -22,7 +22,7 @@ def _line(error):
     elif hasattr(error, "format_message"): text = error.format_message()
     elif isinstance(error, KeyError): text = str(error.args[0]) if error.args else "KeyError"
     elif isinstance(error, OSError) and error.strerror: text = ": ".join(filter(None, (error.filename, error.strerror)))
-    elif isinstance(error, (ValueError, OSError)): text = str(error)
+    elif isinstance(error, (ValueError, OSError, ModuleNotFoundError)): text = str(error)
     else: text = f"{type(error).__name__}: {error} (--debug shows where)"
     return " ".join(text.split())
 
@@ -637,7 +637,7 @@ def _check(names, chosen, fixtures: str = _opt(..., "Folder of NAME.json and NAM
 
     Exit 1 if one is off; fixtures of a kind it does not know are passed over.
     """
-    from mhdet.export import check
+    from mhdet.check import check
     rows = check(fixtures)
     return rows, rows, any(r["ok"] is False for r in rows)
 
@@ -647,6 +647,30 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
     from mhdet.export import bench, bench_table
     found = bench(chosen.get("device", "cpu"), quick)
     return found, bench_table(found).rename_axis("ratio").reset_index()
+
+# %% ../nbs/21_cli.ipynb #d1e22bcb
+@_command("imgsz nms_iou max_det", (1, 1), "RUN [key=value]...")
+def _export(names, chosen, out: str = _opt(..., "The file."),
+            nms: bool = _opt(False, "With suppression inside.", "--nms"),
+            conf: float = _opt(None, "Least score, with --nms; .25 if not given."),
+            one_label: bool = _opt(False, "One class for each place, with --nms.", "--one-label")):
+    """A run as one ONNX file, checked against the model.
+
+    Names, heads and letterbox are in its metadata. Without --nms it gives boxes and scores.
+    """
+    from mhdet.experiment import limits, load_run
+    from mhdet.export import to_onnx
+    idle = [k for k, v in (chosen | dict(conf=conf, one_label=one_label or None)).items() if v is not None]
+    idle = [k for k in idle if k != "imgsz"]
+    if idle and not nms: raise ValueError(f"'{idle[0]}' changes nothing without --nms")
+    if Path(out).exists(): raise FileExistsError(f"{out}: exists already; give another --out")
+    model, cfg = load_run(names[0], ROOT)
+    cfg = cfg.override(**chosen)
+    inside = limits(cfg, conf=.25 if conf is None else conf, one_label=one_label) if nms else None
+    facts = dict(run=names[0]) | to_onnx(model, out, cfg.data.imgsz, inside)
+    rows = [dict(tensor=k, of=of[:-1], form=v) for of in ("inputs", "outputs") for k, v in facts[of].items()]
+    brief = {k: v for k, v in facts.items() if k not in ("inputs", "outputs")}
+    return facts, f"{_table([brief])}\n\n{_table(rows)}"
 
 # %% ../nbs/21_cli.ipynb #3ea01b89
 def _needs(cfg, nc=80):

@@ -9,7 +9,7 @@ import torch
 
 from mhdet.assign import match_anchors
 from mhdet.boxes import to_cxcywh
-from mhdet.export import check, draw_pictures, draw_weights
+from mhdet.check import check, draw_pictures, draw_weights
 from mhdet.heads import Detector, as_rows, decode, load_foreign, to_foreign
 from mhdet.loss import RoutedLoss
 from mhdet.partition import Head, Partition
