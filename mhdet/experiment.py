@@ -137,11 +137,12 @@ def build(cfg, names, root="runs"):
     if cfg.net.transfer == "intersect":
         transfer(model, old.state_dict())
         return model
-    if old.trunk.channels != model.trunk.channels:
-        raise ValueError(f"{cfg.net.weights}: its maps have {old.trunk.channels} channels, "
-                         f"width={cfg.net.width} gives {model.trunk.channels}")
     same = (old.head.partition, old.head.boxes, old.head.adapter) == (partition, cfg.train.boxes, cfg.net.adapter)
-    return old if same else split_heads(old, partition, cfg.train.boxes, cfg.net.adapter)
+    new = old if same else split_heads(old, partition, cfg.train.boxes, cfg.net.adapter)
+    mine, theirs = ({(k, tuple(v.shape)) for k, v in m.state_dict().items()} for m in (model, new))
+    if odd := mine ^ theirs:                                           # else the run could be trained, but not loaded
+        raise ValueError(f"{cfg.net.weights}: of another width, implicit or norm_layer than this run ({min(odd)[0]})")
+    return new
 
 def make_loss(cfg, model):
     """The loss a config describes; gains are scaled from the recipe's 640 px and 80 classes to what is trained.

@@ -17,17 +17,19 @@ COMMANDS = typer.main.get_command(app).commands
 
 def bash(text):
     "Command lines of the fenced bash blocks, continued lines joined."
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def asked(line):
-    "The words after each `mhdet`, or `-m mhdet.cli`, of a line."
+    "The words after each `mhdet` that begins a command, or is run with -m, in a line."
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
     lexer.whitespace_split = True
     words, out = list(lexer), []
     for k, word in enumerate(words):
-        if word == "mhdet" or word == "mhdet.cli" and words[k - 1] == "-m":
+        before = words[k - 1] if k else ";"
+        begins = set(before) <= set(";&|(){}") or before in ("exec", "then", "do", "-m") or re.match("[A-Z_]+=", before)
+        if word == "mhdet" and begins or word == "mhdet.cli" and before == "-m":
             end = next((j for j in range(k, len(words)) if set(words[j]) & set(";&|}")), len(words))
             out.append(words[k + 1:end])
     return out
@@ -46,7 +48,8 @@ def check(words):
         if given[key]: load_cfg({key: given[key]})
 
 
-LINES = [(page.name, words) for page in PAGES for line in bash(page.read_text(encoding="utf8")) for words in asked(line)]
+TEXTS = {page: page.read_text(encoding="utf8") for page in PAGES}
+LINES = [(page.name, words) for page, text in TEXTS.items() for line in bash(text) for words in asked(line)]
 
 
 @pytest.mark.parametrize("words", [w for _, w in LINES], ids=[f"{page}: {' '.join(w)[:60]}" for page, w in LINES])
@@ -65,12 +68,12 @@ def links(path):
     text = path.read_text(encoding="utf8")
     if path.suffix == ".ipynb":
         text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
-    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
     return [t for t in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", t)]
 
 
 def test_links_point_to_files():
     notebooks = (p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts)
-    pages = [*PAGES, *(p for p in notebooks if p.stem != "index")]                   # the index is README's, at the root
+    pages = [*PAGES, *(p for p in notebooks if p.stem != "index")]                 # the index is README's, at the root
     lost = [f"{p.relative_to(ROOT)}: {t}" for p in pages for t in links(p) if not (p.parent / t.split("#")[0]).exists()]
     assert not lost, lost
