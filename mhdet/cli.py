@@ -6,7 +6,7 @@
 __all__ = ['SIGNALS', 'SEVERAL', 'app', 'ROOT', 'CHOICES', 'GT', 'DT', 'SPLIT', 'FILES', 'STRATEGIES']
 
 # %% ../nbs/21_cli.ipynb #af3165b0
-import contextlib, ctypes, functools, inspect, json, math, os, sys, time
+import contextlib, ctypes, functools, inspect, json, math, os, sys, time, warnings
 from pathlib import Path
 
 import typer
@@ -23,6 +23,8 @@ def _line(error):
     elif isinstance(error, KeyError): text = str(error.args[0]) if error.args else "KeyError"
     elif isinstance(error, OSError) and error.strerror: text = ": ".join(filter(None, (error.filename, error.strerror)))
     elif isinstance(error, (ValueError, OSError, ModuleNotFoundError)): text = str(error)
+    elif type(error).__name__ == "NonFinite":
+        text = f"{error}; begun again as restarts.csv lists; try a smaller lr, clip=10, or precision=fp32"
     else: text = f"{type(error).__name__}: {error} (--debug shows where)"
     return " ".join(text.split())
 
@@ -42,6 +44,9 @@ class _Group(TyperGroup):
     def main(self, args=None, **more):
         args = _spread(sys.argv[1:] if args is None else args) or ["--help"]
         os.environ.setdefault("MPLBACKEND", "agg")
+        theirs, ours = warnings.formatwarning, Path(__file__).parent
+        warnings.formatwarning = lambda text, kind, file, *where: (
+            f"mhdet: {text}\n" if Path(file).parent == ours else theirs(text, kind, file, *where))
         try: code = super().main(args, **more | dict(standalone_mode=False, obj=args))
         except Exception as e:
             if "--debug" in args: raise

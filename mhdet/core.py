@@ -154,6 +154,8 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self):
         if self.stages and self.epochs != (total := sum(s.epochs for s in self.stages)):
             raise ValueError(f"epochs: {self.epochs}, but the stages have {total} together")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ValueError(f"max_hours: more than 0 is due, got {self.max_hours:g}")
 
 # %% ../nbs/00_core.ipynb #95ca43a3
 class _Once(yaml.SafeLoader):

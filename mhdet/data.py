@@ -9,7 +9,7 @@ __all__ = ['UNREADABLE', 'COLUMNS', 'VOC', 'SUFFIXES', 'TOY_FAMILIES', 'TOY_COMM
            'collate', 'loader']
 
 # %% ../nbs/02_data.ipynb #864f6cd7
-import atexit, inspect, multiprocessing, os, signal
+import atexit, contextlib, inspect, multiprocessing, os, signal
 import xml.etree.ElementTree as ET
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
@@ -313,6 +313,15 @@ def _voc_list(root, split):
     wanted = dict(train=train, val=["test", "val"]).get(split, [split])
     return next((here[name] for name in wanted if name in here), None)
 
+def _voc_names(root, found):
+    "VOC's classes, or those of all annotations: a class may be so rare that one split lacks it."
+    if found != set(VOC):
+        for file in (root / "Annotations").glob("*.xml"):
+            with contextlib.suppress(ET.ParseError, OSError):                  # of what no list names, nobody hears
+                found = found | {o.findtext("name") for o in ET.parse(file).getroot().findall("object")}
+    found -= {None}
+    return VOC if found <= set(VOC) else sorted(found)
+
 def read_voc(root, split, names=None):
     """A split from a VOC folder (`Annotations`, `JPEGImages`, `ImageSets/Main`).
 
@@ -357,8 +366,7 @@ def read_voc(root, split, names=None):
     present, place, problems = _present(root / "JPEGImages", entries)
     if len(trees) < len(stems): problems["picture without XML"] = [s for s in stems if s not in trees]
     owner = [(s, o) for s, t in trees.items() for o in t.findall("object")]
-    found = {o.findtext("name") for _, o in owner} - {None}
-    names = list(names or (VOC if found <= set(VOC) else sorted(found)))
+    names = list(names or _voc_names(root, {o.findtext("name") for _, o in owner}))
     classes, rows = ClassMap(names, list(names)), []
     for (s, o), label in zip(owner, classes(o.findtext("name") for _, o in owner)):
         x0, y0, x1, y1 = _four((o.findtext(f"bndbox/{c}") for c in ("xmin", "ymin", "xmax", "ymax")), (str,))
@@ -620,8 +628,9 @@ def open_data(path="toy", split=None, dev=.15):
     """
     have, read = _layout(path)
     if not have:
+        yaml = "".join(f"; or give {p}" for p in sorted(Path(path).glob("*.y*ml"))[:1])
         raise ValueError(f"{path}: a data set has annotations/*train*.json or *val*.json, or ImageSets/Main lists, "
-                         "or is a YAML with train or val")
+                         f"or is a YAML with train or val{yaml}")
     out = {s: read(s) for s in have if split in (None, s) or (split, s) == ("dev", "train")}
     if len(out) == 2 and out["train"].names != out["val"].names:
         odd = sorted(set(out["train"].names) ^ set(out["val"].names)) or ["their order"]
@@ -867,7 +876,7 @@ class EpochBatches:
     turns = slice(None)
 
     def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False, process=(0, 1)):
-        if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"no batch of {batch} from {n} pictures")
+        if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"batch={batch}: no such batch from {n} pictures")
         if batch % process[1]: raise ValueError(f"batch={batch}: {process[1]} processes cannot share it equally")
         self.n, self.batch_size, self.shuffle, self.seed, self.drop_last = n, batch, shuffle, seed, drop_last
         self.process, self.parts, self.epoch, self.start = process, 1, 0, 0

@@ -131,8 +131,8 @@ def build(cfg, names, root="runs"):
     model = _fresh(cfg, partition)
     if not cfg.net.weights or cfg.net.transfer == "none": return model
     try: old = load_run(cfg.net.weights, root)[0]
-    except FileNotFoundError:
-        if not Path(cfg.net.weights).is_file(): raise
+    except FileNotFoundError as e:
+        if not Path(cfg.net.weights).is_file(): raise FileNotFoundError(f"{e}, and no such file") from None
         old = load_foreign(cfg.net.weights, None if cfg.net.transfer == "intersect" else partition, cfg.net.trust)
     if cfg.net.transfer == "intersect":
         transfer(model, old.state_dict())

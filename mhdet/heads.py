@@ -425,7 +425,7 @@ def read_tensors(path, trust=False):
     try: state = torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as e:                               # whatever a broken or hostile file makes torch raise
         why = f"not tensors alone (safetensors, torch weights): {str(e).split('.')[0]}"
-        hint = "" if trust else "; trust=true opens what is pickled, which may run code"
+        hint = "" if trust else "; --trust opens what is pickled, which may run code"
         raise ValueError(f"{path}: {why}{hint}") from None
     for key in ("ema", "model", "state_dict"):
         state = (state.get(key) or state) if isinstance(state, dict) else state
