@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mhdet import cli, export
+from mhdet import check, cli
 from mhdet.cli import app
 from mhdet.core import JsonLog, read_yaml
 from mhdet.data import open_data
@@ -139,6 +139,9 @@ BAD = {
     "study --arms all": "'all' is none of control, split",
     "study --resume": "no study there to go on with",
     "check --fixtures absent": "absent",
+    "export absent --out m.onnx": "absent: no run there",
+    "export base --out two.yaml": "two.yaml: exists already; give another --out",
+    "export base --out m.onnx --one-label": "'one_label' changes nothing without --nms",
     "runs base": "no name is due here, got base",
     "train --fast": "; choices are words: fast=...",
     "train data": "no name is due here, got data; a data set is given as --data data",
@@ -319,7 +322,7 @@ def test_stdout_is_for_the_answer(capfd):
 def test_a_check_that_fails_is_code_1(here, monkeypatch):
     row = dict(fixture="f", variant="v", quantity="q", error=1., tolerance=.1)
     for ok, code in ((True, 0), (None, 0), (False, 1)):
-        monkeypatch.setattr(export, "check", lambda folder: [row | dict(ok=ok)])
+        monkeypatch.setattr(check, "check", lambda folder: [row | dict(ok=ok)])
         assert mhdet("check --fixtures anywhere")[0] == code
 
 

@@ -11,6 +11,7 @@ matplotlib.use("agg")
 cfg = get_config()
 NBS = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
        if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts]
+NEEDS = {"20_export": ("onnx", "onnxruntime")}
 
 
 @pytest.fixture(autouse=True)
@@ -26,5 +27,6 @@ def clean_process(monkeypatch):
 
 @pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)
 def test_notebook(nb, capfd):
+    for package in NEEDS.get(nb.stem, ()): pytest.importorskip(package, reason=f"{package} is not installed")
     ok, _ = run_nb(nb.absolute(), skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
     assert ok, capfd.readouterr().err
