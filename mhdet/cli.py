@@ -44,9 +44,9 @@ class _Group(TyperGroup):
     def main(self, args=None, **more):
         args = _spread(sys.argv[1:] if args is None else args) or ["--help"]
         os.environ.setdefault("MPLBACKEND", "agg")
-        theirs, ours = warnings.formatwarning, Path(__file__).parent
+        theirs = warnings.formatwarning
         warnings.formatwarning = lambda text, kind, file, *where: (
-            f"mhdet: {text}\n" if Path(file).parent == ours else theirs(text, kind, file, *where))
+            f"mhdet: {text}\n" if Path(file).parent.name == "mhdet" else theirs(text, kind, file, *where))
         try: code = super().main(args, **more | dict(standalone_mode=False, obj=args))
         except Exception as e:
             if "--debug" in args: raise

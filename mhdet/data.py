@@ -322,6 +322,7 @@ def _voc_names(root, found):
     found -= {None}
     return VOC if found <= set(VOC) else sorted(found)
 
+# %% ../nbs/02_data.ipynb #08291801
 def read_voc(root, split, names=None):
     """A split from a VOC folder (`Annotations`, `JPEGImages`, `ImageSets/Main`).
 
@@ -597,6 +598,7 @@ def _layout(path):
     have = [s for s in ("train", "val") if (_voc_list if voc else _coco_file)(path, s)]
     return have, lambda s: read_voc(path, s) if voc else read_coco(_coco_file(path, s))
 
+# %% ../nbs/02_data.ipynb #ae669253
 def open_data(path="toy", split=None, dev=.15):
     """The splits of a data set, whatever its layout.
 
@@ -876,7 +878,7 @@ class EpochBatches:
     turns = slice(None)
 
     def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False, process=(0, 1)):
-        if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"batch={batch}: no such batch from {n} pictures")
+        if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"batch={batch} of {n} pictures")
         if batch % process[1]: raise ValueError(f"batch={batch}: {process[1]} processes cannot share it equally")
         self.n, self.batch_size, self.shuffle, self.seed, self.drop_last = n, batch, shuffle, seed, drop_last
         self.process, self.parts, self.epoch, self.start = process, 1, 0, 0

@@ -328,6 +328,7 @@ def test_a_check_that_fails_is_code_1(here, monkeypatch):
 
 def test_lab_hands_its_words_on(here, monkeypatch):
     called = []
+    monkeypatch.chdir(here)                                                  # and back: the command changes the folder
     monkeypatch.setattr(os, "execv", lambda *args: called.append(args))
     assert mhdet("lab --no-browser --port=9999")[0] == 0
     assert called[0][1][1:3] == ["-m", "jupyterlab"] and called[0][1][-2:] == ["--no-browser", "--port=9999"]
