@@ -119,6 +119,9 @@ def test_search(page, url, site, scheme):
     box = page.locator("input[type=search]:visible").last
     box.fill("split_heads")
     box.press("Enter")
-    page.locator("#search-results a[href*='api/heads.html#mhdet.heads.split_heads']").first.click()
+    found = page.locator("#search-results a[href*='api/heads.html#mhdet.heads.split_heads']").first
+    found.wait_for()
+    page.wait_for_load_state("networkidle")                       # a click would break off the excerpts that are under way
+    found.click()
     page.locator("[id='mhdet.heads.split_heads']").wait_for()
     assert [e for e in page.errors if scheme == "http" or "outside" in e] == []     # a folder gives no excerpts
