@@ -100,12 +100,16 @@ def _traced(net, names):
     onnx, = _need("onnx")
     free, some = {0: "batch", 2: "height", 3: "width"}, {0: "n"}
     free = dict(pictures=free, boxes={0: "batch", 1: "places"}, scores={0: "batch", 1: "places"})
+    example = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
     with warnings.catch_warnings(), io.BytesIO() as file:
         warnings.simplefilter("ignore")
-        torch.onnx.export(net, (torch.zeros(2, 3, 64, 96, dtype=torch.uint8),), file, dynamo=False,
-                          opset_version=OPSET, input_names=["pictures"], output_names=names,
-                          dynamic_axes={k: free.get(k, some) for k in ("pictures", *names)})
-        return onnx.load_from_string(file.getvalue())
+        torch.onnx.export(net, (example,), file, dynamo=False, opset_version=OPSET, input_names=["pictures"],
+                          output_names=names, dynamic_axes={k: free.get(k, some) for k in ("pictures", *names)})
+        graph = onnx.load_from_string(file.getvalue())
+    for out, value in zip(graph.graph.output, net(example)):                      # the sides that are fixed, as numbers
+        for k, side in enumerate(out.type.tensor_type.shape.dim):
+            if k not in free.get(out.name, some): side.dim_value = value.shape[k]
+    return graph
 
 def _opened(data, threads=0, name="graph"):
     "An ONNX Runtime session of a file's bytes."
