@@ -118,7 +118,7 @@ def _partition(spec, names):
     n = len(names or stated or {str(c) for h in heads for c in h.classes})
     facts = dict(names=(stated and len(stated), n), nc=(spec.get("nc"), n), heads=(spec.get("heads"), len(heads)))
     for key, (told, true) in facts.items():
-        if told not in (None, true): raise ValueError(f"{key}: the file states {told!r}, but there are {true}")
+        if told not in (None, true): raise ValueError(f"{key}: the file states {told!r:.80}, but there are {true}")
     return Partition(heads, names or stated or list(map(str, range(n))), str(spec.get("grouping", "file")))
 
 # %% ../nbs/06_partition.ipynb #65515bbb
