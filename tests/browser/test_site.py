@@ -100,7 +100,8 @@ def test_figures_name_their_cells(site):
 
 @pytest.mark.parametrize("path, shows", [
     ("index.html", "img[src*=front]"), ("nbs/10_loss.html", "mjx-container"), ("nbs/06_partition.html", ".cell_output img"),
-    ("nbs/19_board.html", ".widget-slider"), ("api/heads.html", "[id='mhdet.heads.split_heads']"), ("nbs/log.html", "table")])
+    ("nbs/19_board.html", ".widget-slider"), ("nbs/studies/partition.html", ".dataframe thead th:text('AP50')"),
+    ("api/heads.html", "[id='mhdet.heads.split_heads']"), ("nbs/log.html", "table")])
 def test_page(page, url, path, shows):
     "Typical pages load whole: nothing refused, missing or complained about, and what they are for is drawn."
     page.goto(url + path)
