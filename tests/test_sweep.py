@@ -47,6 +47,7 @@ def until(truth, child, seconds=60):
 
 
 def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+def states(name): return pd.read_csv(table)["state"].tolist() if (table := Path("runs", name, "sweep.csv")).exists() else []
 def epochs(name): return [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()]
 
 
@@ -54,7 +55,7 @@ def test_killed_then_interrupted_then_finished(here):
     "As by a power cut; then by Ctrl-C; the third call ends it, and what was finished before the cut is as it was."
     Path("sweep-a.yaml").write_text(BASE % 400 + "rows: {short: {epochs: 1}, long: {}}")
     first = begin("sweep sweep-a.yaml --jobs 2")
-    until(lambda: epochs("a/short_s0") and len(epochs("a/long_s0")) >= 2, first)
+    until(lambda: states("a")[:1] == ["finished"] and len(epochs("a/long_s0")) >= 2, first)
     own = [first, *psutil.Process(first.pid).children(recursive=True)]
     for p in own: p.kill()
     first.communicate()
@@ -66,7 +67,7 @@ def test_killed_then_interrupted_then_finished(here):
     second.send_signal(signal.SIGINT)
     err = second.communicate(timeout=60)[1]
     assert second.returncode == 130 and err.endswith("mhdet: SIGINT; what was trained is saved, the same command goes on\n")
-    assert "long_s0: SIGTERM, epoch" in err and pd.read_csv("runs/a/sweep.csv")["state"].tolist() == ["finished", "SIGTERM"]
+    assert "long_s0: SIGTERM, epoch" in err and states("a") == ["finished", "SIGTERM"]
 
     reached = len(epochs("a/long_s0"))
     assert 3 < reached < 400
