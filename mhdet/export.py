@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy.spatial import cKDTree
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +31,7 @@ from .loss import RoutedLoss, naive_loss
 from .metrics import ENGINES, evaluate
 from .model import Conv
 from .policy import EMA, Checkpoint, Recorder, Schedule, sgd
+from .results import detections_apart
 from .store import write_atomic
 
 # %% ../nbs/20_export.ipynb #c46af92e
@@ -120,11 +120,6 @@ def _opened(data, threads=0, name="graph"):
     except Exception as e: raise ValueError(f"{name}: ONNX Runtime cannot read it ({e})") from None
 
 # %% ../nbs/20_export.ipynb #1071e62d
-def _apart(a, b, side=1):
-    "How far each answer is from its like in the other set, in 1e-4 of a score or of `side` px; infinite above 1."
-    a, b = (np.c_[9. * d[0], 9. * d[3], d[2] / SHARE, d[1] / SHARE / side] for d in (a, b))
-    return np.concatenate([cKDTree(y).query(x, p=np.inf, distance_upper_bound=1)[0] for x, y in ((a, b), (b, a))])
-
 def _off(onnx, graph, model, nms):
     "How far a graph is from its model: noise, decoded; what its suppression picks of random boxes, no scores equal."
     session, g, rows, far = _opened(graph.SerializeToString()), torch.Generator().manual_seed(0), [], np.zeros(1)
@@ -140,7 +135,8 @@ def _off(onnx, graph, model, nms):
         boxes, order = torch.cat([low, low + size], -1), torch.randperm(scores.numel(), generator=g)
         fed = dict(pictures=pictures, boxes=boxes, scores=(scores := ((order + 1) / len(order)).view(scores.shape)))
         found = _opened(tail.SerializeToString()).run(None, {k: v.numpy() for k, v in fed.items()})
-        far = _apart(found, detect(boxes, scores, model.head.head_of, **nms))
+        due = detect(boxes, scores, model.head.head_of, **nms)
+        far = detections_apart(Detections(*found)._asdict(), due._asdict(), SHARE, SHARE)
     error, box_px, score = np.max(rows, 0).tolist()
     return dict(error=max(error, SHARE * far.max(initial=0)), box_px=box_px, score=score)
 

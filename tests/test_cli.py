@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from mhdet.cli import app
 from mhdet.core import JsonLog, read_yaml
 from mhdet.data import open_data
 from mhdet.partition import load_heads
+from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "imgsz=64 batch=8 width=0.125 workers=0 precision=fp32"
@@ -345,26 +345,16 @@ def process(line):
     return subprocess.Popen([sys.executable, "-m", "mhdet", *shlex.split(line)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(folder, child, seconds=60):
-    "Until a state has been stored."
-    end = time.time() + seconds
-    while not (folder / "last").is_dir():
-        assert time.time() < end and child.poll() is None, child.communicate()[1]
-        time.sleep(.02)
-
-
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])    # kills: test_kill
 def test_a_stopped_training_goes_on(here, number, code):
     name = signal.Signals(number).name
-    child = process(f"train data=toy:120 {TINY} batch=4 epochs=2 save_steps=1 nominal_batch=4 run={name}")
-    wait_for(here / "runs" / name, child)
+    child = process(f"train data=toy:120 {TINY} batch=4 epochs=2 save_steps=5 nominal_batch=4 run={name}")
+    until((here / "runs" / name / "last").is_dir, child)
     child.send_signal(number)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=LIMIT)
     assert (child.returncode, out) == (code, "")
     assert f"mhdet: {name}; saved, go on with: mhdet train --resume {name}" in err
     assert {r["run"]: r["state"] for r in mhdet_json("runs")}[name] == name
-    out, err = (rest := process(f"train --resume {name} --json")).communicate(timeout=60)
-    assert rest.returncode == 0, err
-    found = json.loads(out)
+    found = mhdet_json(f"train --resume {name}")
     assert (found["epoch"], found["stopped"]) == (2, None)
     assert [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()] == [1, 2]

@@ -19,6 +19,7 @@ from mhdet.data import open_data
 from mhdet.learner import Callback, Learner
 from mhdet.policy import EMA, Checkpoint, Recorder, Schedule, sgd
 from mhdet.store import load, read_meta, resume_state
+from processes import LIMIT, until
 
 EPOCHS, BATCHES = 4, 12
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,12 +77,7 @@ def start(run, pause=0., workers=0):
                             start_new_session=True)
 
 
-def wait_for(run, steps, seconds=60):
-    "Until a stored state has at least so many steps."
-    limit = time.monotonic() + seconds
-    while read_meta(run / "last").get("steps", -1) < steps:
-        assert time.monotonic() < limit, "no checkpoint appeared"
-        time.sleep(.01)
+def steps(run): return read_meta(run / "last").get("steps", 0)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +100,7 @@ def same(run, whole):
 @pytest.mark.parametrize("workers, number, code", [(1, signal.SIGINT, 130)])
 def test_killed_then_stopped_then_finished(tmp_path, whole, workers, number, code):
     process = start(tmp_path, .03, workers)
-    wait_for(tmp_path, 3)                                  # in the first epoch
+    until(lambda: steps(tmp_path) >= 3, process)                # in the first epoch
     time.sleep(random.random() * .1)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -112,15 +108,15 @@ def test_killed_then_stopped_then_finished(tmp_path, whole, workers, number, cod
     assert killed["epoch"] < EPOCHS
 
     process = start(tmp_path, .03, workers)
-    wait_for(tmp_path, 15)                                 # in the third
+    until(lambda: steps(tmp_path) >= 15, process)               # in the third
     if workers: os.killpg(process.pid, number)             # Ctrl-C in a terminal goes to the workers too
     else: process.send_signal(number)
-    assert process.wait(60) == code
+    assert process.wait(LIMIT) == code
     stopped = read_meta(tmp_path / "last")
     assert 15 <= stopped["steps"] < EPOCHS * BATCHES // 2
 
     process = start(tmp_path, 0., workers)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0 and out.split() == ["from", str(stopped["epoch"]), str(stopped["batch"])]
     same(tmp_path, whole)
 

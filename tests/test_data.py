@@ -19,6 +19,7 @@ from mhdet.boxes import to_xyxy, unletterbox
 from mhdet.core import DataCfg
 from mhdet.data import (ClassMap, DetDataset, Records, census, check_pictures, loader, open_data, read_coco, resize_copy,
                         toy_dataset)
+from processes import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -192,7 +193,7 @@ def test_workers_do_not_outlive_the_main_process():
     code = ("from mhdet.data import DetDataset, loader, toy_dataset\n"
             "left = iter(loader(DetDataset(toy_dataset(64, size=64), 64), 8, workers=2)); next(left), next(left)\n"
             "raise SystemExit(7)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 7
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT).returncode == 7
 
 
 @shared

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from processes import LIMIT
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("data=toy:160 imgsz=64 width=0.125 batch=8 nominal_batch=16 epochs=4 save_steps=2 keep_every=2 mosaic=1 "
          "precision=fp32 device=cpu run=run").split()
@@ -80,17 +82,17 @@ def killed(root, workers, kills, rng):
             while steps(root) == before and child.poll() is None: time.sleep(.01)
             time.sleep(.4 * rng.random())
             if child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
-        if child.wait(120) == 0: break                        # it was faster
+        if child.wait(LIMIT) == 0: break                        # it was faster
         assert child.returncode == -signal.SIGKILL, child.returncode
         died, inside = died + 1, inside + save
-    assert start(root, workers).wait(300) == 0
+    assert start(root, workers).wait(LIMIT) == 0
     return died, inside
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
-    assert start(root, 0).wait(120) == 0
+    assert start(root, 0).wait(LIMIT) == 0
     return bits(root)
 
 

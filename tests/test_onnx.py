@@ -16,10 +16,11 @@ from mhdet.cli import app
 from mhdet.core import load_cfg
 from mhdet.data import DetDataset, open_data
 from mhdet.experiment import load_run, predict, train
-from mhdet.export import SHARE, _apart, _opened, onnx_facts, run_onnx, to_onnx
+from mhdet.export import SHARE, _opened, onnx_facts, run_onnx, to_onnx
 from mhdet.heads import Detections, Detector, decode, detect, load_foreign, split_heads, to_foreign
 from mhdet.learner import to_unit
 from mhdet.partition import Partition, random_heads
+from mhdet.results import detections_apart
 
 pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -82,7 +83,7 @@ def test_suppression_inside_is_detect(form, limits, tmp_path, monkeypatch):
     for pictures in map(noise, (1, 2, 5), (64, 96, 32), (64, 32, 160)):
         *found, boxes, scores = ran(checked, pictures)
         due = detect(boxes, scores, model.head.head_of, **limits)
-        assert len(found[0]) == len(due.score) > 0 and (_apart(found, due) == 0).all()
+        assert len(found[0]) == len(due.score) > 0 and (detections_apart(Detections(*found)._asdict(), due._asdict()) == 0).all()
         assert (found[2].diff()[found[0].diff() == 0] <= 0).all() and (found[0].diff() >= 0).all()      # best first
         assert [len(v) for v in ran(final, pictures)] == [len(due.score)] * 4
 
@@ -106,7 +107,7 @@ def test_every_answer_has_its_like_on_real_pictures(tmp_path):
         for nms in (None, dict(conf=.002)):
             file = to_onnx(m, tmp_path / "m.onnx", 64, nms)["path"]
             found = run_onnx(file, val.files, **{} if nms else dict(conf=.002))
-            far = _apart(found, [dt[k] for k in Detections._fields], val.sizes.max())
+            far = detections_apart(found._asdict(), dt, SHARE, val.sizes.max() * SHARE)
             assert np.isinf(far).sum() <= 2              # one pair: of two scores equal but for rounding either may win
 
 

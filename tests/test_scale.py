@@ -11,6 +11,7 @@ import pytest
 
 from mhdet.core import JsonLog
 from mhdet.store import load, read_meta
+from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "data=toy:200 imgsz=64 width=0.125 batch=16 nominal_batch=16 precision=fp32 device=cpu workers=0".split()
@@ -59,7 +60,7 @@ def start(root, processes, *words, pause=0., spoil=""):
 def losses(root, processes, *words):
     "Those of every run, by its name."
     child = start(root, processes, *words)
-    _, err = child.communicate(timeout=180)
+    _, err = child.communicate(timeout=LIMIT)
     assert child.returncode == 0, err
     return {f.stem: json.loads(f.read_text()) for f in root.glob("*.json")}
 
@@ -94,15 +95,12 @@ def test_one_process_goes_on_where_two_stopped(both):
 
 def test_a_process_that_dies_ends_the_other(tmp_path):
     child = start(tmp_path, 2, "run=run", "norm_layer=gn", "epochs=20", "save_steps=2", pause=.05)
-    limit = time.monotonic() + 120
-    while read_meta(tmp_path / "run/last").get("steps", 0) < 2:
-        assert time.monotonic() < limit and child.poll() is None
-        time.sleep(.05)
+    until(lambda: read_meta(tmp_path / "run/last").get("steps", 0) >= 2, child)
     ranks = [int(p) for p in subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()]
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     start_at = time.monotonic()
-    child.communicate(timeout=60)
+    child.communicate(timeout=LIMIT)
     assert child.returncode != 0 and time.monotonic() - start_at < 30
     for pid in ranks:
         with pytest.raises(ProcessLookupError): os.kill(pid, 0)
@@ -116,13 +114,10 @@ def test_a_process_that_dies_ends_the_other(tmp_path):
 def test_what_one_process_meets_all_obey(tmp_path):
     "A loss that is no number in one process takes both back; SIGTERM to one stops both in good order."
     child = start(tmp_path, 2, "run=run", "norm_layer=gn", "epochs=40", pause=.02, spoil="yes")
-    limit = time.monotonic() + 120
-    while read_meta(tmp_path / "run/last").get("epoch", 0) < 2:
-        assert time.monotonic() < limit and child.poll() is None
-        time.sleep(.05)
+    until(lambda: read_meta(tmp_path / "run/last").get("epoch", 0) >= 2, child)
     ranks = [int(p) for p in subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True).stdout.split()]
     os.kill(ranks[1], signal.SIGTERM)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=LIMIT)
     assert child.returncode == 0, err
     row = (tmp_path / "run/restarts.csv").read_text().splitlines()[1]
     assert row.startswith("2,1,0,1,13,") and row.endswith(",nan")

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 from mhdet.cli import app
 from mhdet.core import JsonLog
 from mhdet.sweep import sweep_command, sweep_rows
+from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "base: {data: 'toy:80', imgsz: 64, width: 0.125, batch: 8, workers: 0, device: cpu, precision: fp32, epochs: %s}\n"
@@ -39,13 +39,6 @@ def mhdet(line):
 def begin(line): return subprocess.Popen([sys.executable, "-m", "mhdet", *line.split()], env=ENV, stderr=subprocess.PIPE, text=True)
 
 
-def until(truth, child, seconds=60):
-    end = time.monotonic() + seconds
-    while not truth():
-        assert time.monotonic() < end and child.poll() is None, child.communicate()[1]
-        time.sleep(.02)
-
-
 def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 def states(name): return pd.read_csv(table)["state"].tolist() if (table := Path("runs", name, "sweep.csv")).exists() else []
 def epochs(name): return [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()]
@@ -65,7 +58,7 @@ def test_killed_then_interrupted_then_finished(here):
     second = begin("sweep sweep-a.yaml --jobs 2")
     until(lambda: len(epochs("a/long_s0")) > len(trained) + 1, second)
     second.send_signal(signal.SIGINT)
-    err = second.communicate(timeout=60)[1]
+    err = second.communicate(timeout=LIMIT)[1]
     assert second.returncode == 130 and err.endswith("mhdet: SIGINT; what was trained is saved, the same command goes on\n")
     assert "long_s0: SIGTERM, epoch" in err and states("a") == ["finished", "SIGTERM"]
 
@@ -86,7 +79,7 @@ def test_a_killed_sweep_leaves_its_row_alive_and_the_next_one_leaves_it_alone(he
     assert mhdet("sweep b.yaml")[0] == 0 and row.is_running()
     assert not [c for c in psutil.Process().children() if "train" in c.cmdline()]
     row.terminate()
-    psutil.wait_procs([row], 60)
+    psutil.wait_procs([row], LIMIT)
     assert sweep_command(sweep_rows("b.yaml")[0])[:3] == ["train", "--resume", "b/s0"]
 
 

@@ -105,7 +105,7 @@ def test_figures_name_their_cells(site):
 def test_page(page, url, path, shows):
     "Typical pages load whole: nothing refused, missing or complained about, and what they are for is drawn."
     page.goto(url + path)
-    page.locator(shows).first.wait_for(timeout=20_000)
+    page.locator(shows).first.wait_for(timeout=60_000)
     page.wait_for_load_state("networkidle")
     assert page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length") == 0
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
