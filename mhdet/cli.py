@@ -649,7 +649,7 @@ def _check(names, chosen, fixtures: str = _opt(..., "Folder of NAME.json and NAM
 @_command("device")
 def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--quick")):
     "Speed and memory, as ratios measured in one run."
-    from mhdet.export import bench, bench_table
+    from mhdet.bench import bench, bench_table
     found = bench(chosen.get("device", "cpu"), quick)
     return found, bench_table(found).rename_axis("ratio").reset_index()
 

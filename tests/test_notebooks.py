@@ -11,7 +11,7 @@ matplotlib.use("agg")
 cfg = get_config()
 NBS = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
        if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts]
-NEEDS = {"20_export": ("onnx", "onnxruntime")}
+NEEDS = dict.fromkeys(["20_export", "20b_bench"], ("onnx", "onnxruntime"))
 
 
 @pytest.fixture(autouse=True)
