@@ -115,14 +115,16 @@ def _table(rows):
     return rows.to_string(index=False, na_rep="-", float_format=number)
 
 # %% ../nbs/21_cli.ipynb #bfe64990
-def _opt(default, help, *names):
-    return typer.Option(default, *names, help=help, show_default=not isinstance(default, bool))
+def _opt(default, help, *names, **limits):
+    return typer.Option(default, *names, help=help, show_default=not isinstance(default, bool), **limits)
 
-def _counted(words, least, most):
+def _part(default, help): return _opt(default, help, min=0, max=1)
+
+def _counted(words, least, most, metavar=""):
     "Refuse too few or too many names."
     if least <= len(words) and (most is None or len(words) <= most): return words
     due = {(0, 0): "no name", (1, 1): "one name", (0, 1): "at most one name"}
-    due = due.get((least, most), f"{least} names or more")
+    due = due.get((least, most), metavar.split(" [")[0])
     data = next((f"; a data set is given as --data {w}" for w in words if Path(w).exists()), "")
     raise ValueError(f"{due} is due here, got {' '.join(words) or 'none'}{data}")
 
@@ -146,7 +148,7 @@ def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
         @functools.wraps(f)
         def run(ctx, words, config, as_json, debug, **options):
             choices = [w for w in words or () if "=" in w and not Path(w).exists()]
-            named = _counted([w for w in words or () if w not in choices], *names)
+            named = _counted([w for w in words or () if w not in choices], *names, metavar)
             chosen = _chosen(_sources(ctx.obj, choices, keys), uses)
             with _aside():
                 value, text, *failed = f(named, chosen, **{k: v for k, v in options.items() if k not in keys})
@@ -264,7 +266,7 @@ def _split_of(split):
 @_command("data device", (0, 1), "[RUN] [key=value]...")
 def _eval(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("val", SPLIT),
           metric: str = _opt("coco,voc07,voc,source", "By comma."),
-          conf: float = _opt(.25, "Least score for P, R, F1.")):
+          conf: float = _part(.25, "Least score for P, R, F1.")):
     "AP of a run, or of answers from any framework."
     from mhdet.experiment import evaluate_run
     from mhdet.metrics import evaluate
@@ -294,9 +296,9 @@ def _seen(names, chosen, gt, dt, split, conf, iou):
 
 @_command("data device", (0, 1), "[RUN] [key=value]...")
 def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev", SPLIT),
-             out: str = _opt(None, "Confusion CSV to write."), conf: float = _opt(.25, "Least score."),
-             iou: float = _opt(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
-             threshold: float = _opt(None, "Only pairs with at least this share confused."),
+             out: str = _opt(None, "Confusion CSV to write."), conf: float = _part(.25, "Least score."),
+             iou: float = _part(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
+             threshold: float = _part(None, "Only pairs with at least this share confused."),
              heads: str = _opt(None, "Head file for the blocks of heads; a RUN has its own.")):
     "Which class is taken for which, and which head's for which head's; worst pairs first."
     from mhdet.experiment import find_run
@@ -388,7 +390,7 @@ def _compare(names, chosen, gt: str = _opt(..., "Truth, a COCO JSON."), a: list[
     return found, "\n\n".join(text), found["verdict"] in unwanted
 
 @_command("data device", (1, 1), "RUN [key=value]...")
-def _calibrate(names, chosen, conf: float = _opt(.25, "Score at which P and R are shown.")):
+def _calibrate(names, chosen, conf: float = _part(.25, "Score at which P and R are shown.")):
     """Make scores mean the same in every head: two numbers a head.
 
     Fitted on dev, judged on val, kept in the run; detect --calibrated uses them. No AP changes.
@@ -464,14 +466,14 @@ def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.joi
                counts: str = _opt(None, "CSV of boxes per class; without it --data's train, or the confusion's rows."),
                groups: str = _opt(None, "Groups file for standard."),
                k: int = _opt(None, "Confused pairs to part; as many as classes."),
-               threshold: float = _opt(None, "Confused pairs to part: at least this share."),
+               threshold: float = _part(None, "Confused pairs to part: at least this share."),
                share: float = _opt(None, "A class with more of the boxes stands alone; 1 / heads."),
                imbalance: float = _opt(None, "optimal: most boxes of a head over fewest; as greedy, or 1.05."),
                class_imbalance: float = _opt(None, "optimal: the same for classes."),
                alpha: float = _opt(.5, "hybrid: weight of shape against company."),
                time_limit: float = _opt(60., "optimal: seconds."),
                gap: float = _opt(0., "optimal: gap that is enough."),
-               conf: float = _opt(.25, "RUN: least score."),
+               conf: float = _part(.25, "RUN: least score."),
                weights: str = _opt("equal", "Of the heads in the loss: equal, balanced."),
                out: str = _opt(None, "Head file to write.")):
     "Which classes share a head: a head file and its card."
@@ -572,6 +574,7 @@ def _pictures(paths, names):
     inside = lambda p: sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES) if p.is_dir() else [p]
     files = [f for p in map(Path, paths) for f in inside(p)]
     if lost := [f for f in files if not f.is_file()]: raise FileNotFoundError(f"{lost[0]}: no such picture")
+    if not files: raise ValueError(f"{', '.join(map(str, paths))}: no pictures; those are files {', '.join(sorted(SUFFIXES))}")
     ids = [int(f.stem) if f.stem.isdecimal() else f.stem for f in files]
     if len(set(ids)) < len(ids): ids = [str(f) for f in files]
     gt = {k: np.zeros(0, kind) for k, kind in COLUMNS.items()} | {"box": np.zeros((0, 4))}
@@ -588,7 +591,7 @@ def _calibrated(ref, found, head_of, conf):
     return {k: v[found["score"] >= conf] for k, v in found.items()}
 
 @_command("device nms_iou max_det", (2, None), "RUN PICTURE... [key=value]...")
-def _detect(names, chosen, out: str = _opt("detections", "Folder."), conf: float = _opt(.25, "Least score."),
+def _detect(names, chosen, out: str = _opt("detections", "Folder."), conf: float = _part(.25, "Least score."),
             one_label: bool = _opt(False, "One class for each place.", "--one-label"),
             calibrated: bool = _opt(False, "With the scores of mhdet calibrate.", "--calibrated")):
     """Draw a run's answers, coloured by head.
@@ -625,6 +628,7 @@ def _data(names, chosen, resize: int = _opt(None, "Long side of a resized copy, 
     """
     from mhdet.data import census, check_pictures, open_data, resize_copy
     if bool(resize) != bool(out): raise ValueError("--resize and --out are due together")
+    if names and "data" in chosen: raise ValueError(f"{names[0]} and data={chosen['data']}: one data set is due")
     splits = open_data(next(iter(names), chosen.get("data", "toy")), dev=0)
     splits = {k: check_pictures(r) for k, r in splits.items()}
     value = {k: census(r) | dict(listed={kind: v[:10] for kind, v in r.problems.items()}) for k, r in splits.items()}
@@ -657,7 +661,7 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
 @_command("imgsz nms_iou max_det", (1, 1), "RUN [key=value]...")
 def _export(names, chosen, out: str = _opt(..., "The file."),
             nms: bool = _opt(False, "With suppression inside.", "--nms"),
-            conf: float = _opt(None, "Least score, with --nms; .25 if not given."),
+            conf: float = _part(None, "Least score, with --nms; .25 if not given."),
             one_label: bool = _opt(False, "One class for each place, with --nms.", "--one-label")):
     """A run as one ONNX file, checked against the model.
 

@@ -398,7 +398,6 @@ def _taken_up(run, cfg):
 
 def _share(records, share):
     "Evenly spaced pictures of a split."
-    if not 0 < share <= 1: raise ValueError(f"eval_share={share}: a share above 0, at most 1, is due")
     return records.subset(np.arange(0, len(records), 1 / share).astype(int)) if share < 1 and len(records) else records
 
 def _learner(cfg, run, model, data, batches, dev, accelerator, quiet):

@@ -149,7 +149,8 @@ def load_heads(path, names=None):
     ----------
     The format is that of Yolov7fast's head files, read from its description.
     """
-    spec = read_yaml(path)
+    try: spec = read_yaml(path)
+    except FileNotFoundError as e: raise FileNotFoundError(f"{e}; mhdet partition makes head files") from None
     try: return _partition(spec, names)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
