@@ -574,7 +574,8 @@ def _pictures(paths, names):
     inside = lambda p: sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES) if p.is_dir() else [p]
     files = [f for p in map(Path, paths) for f in inside(p)]
     if lost := [f for f in files if not f.is_file()]: raise FileNotFoundError(f"{lost[0]}: no such picture")
-    if not files: raise ValueError(f"{', '.join(map(str, paths))}: no pictures; those are files {', '.join(sorted(SUFFIXES))}")
+    where, kinds = ", ".join(map(str, paths)), ", ".join(sorted(SUFFIXES))
+    if not files: raise ValueError(f"{where}: no pictures; those are files {kinds}")
     ids = [int(f.stem) if f.stem.isdecimal() else f.stem for f in files]
     if len(set(ids)) < len(ids): ids = [str(f) for f in files]
     gt = {k: np.zeros(0, kind) for k, kind in COLUMNS.items()} | {"box": np.zeros((0, 4))}
