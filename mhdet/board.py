@@ -13,6 +13,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .core import HEAD_COLORS, load_cfg
 from .data import open_data
@@ -305,12 +306,22 @@ def _answers_of(run, root, records, conf):
     return partition, _sure({run: dt}, conf)[run]
 
 def _curves(root, runs, term, nh):
-    "A term of the loss for every head, and AP, against the epoch, as bytes."
-    keys = [*(f"h{h}/{term}" for h in range(nh)), "AP", "AP50"]
-    high = -(-len(keys) // 3)
-    axes = np.ravel(_axes(high, 3, 9, 2 * high))
-    for ax in axes[len(keys):]: ax.set_axis_off()
-    plot_runs({run: find_run(run, root)[0] for run in runs}, keys, axes[:len(keys)])
+    "A term of the loss and AP against the epoch; below, the term for every head where there are several; as bytes."
+    folders = {run: find_run(run, root)[0] for run in sorted(runs, key=lambda run: nh[run] == 1)}    # colours by place
+    several = {run: folder for run, folder in folders.items() if nh[run] > 1}
+    n = max((nh[run] for run in several), default=0)
+    high = 1 + -(-n // 4)
+    axes = np.ravel(_axes(high, 4, 10, 2 * high))
+    whole, heads = axes[:3], axes[4:4 + n]
+    plot_runs(folders, (term, "AP", "AP50"), whole)
+    if n: plot_runs(several, [f"h{h}/{term}" for h in range(n)], heads)
+    whole[0].set_title(f"{term} loss, all classes")
+    for ax in (axes[3], *axes[4 + n:]): ax.set_axis_off()
+    for ax in (*whole, *heads):
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        ax.set_ylim(0)
+        if ax.get_legend(): ax.get_legend().remove()
+    axes[3].legend(*whole[2].get_legend_handles_labels(), loc="upper left", title="train solid, dev dashed")
     return _webp(axes)
 
 def _opened(root, data, split):
@@ -363,7 +374,7 @@ def runs_board(root="runs", data=None, split="val", conf=.25):
         return partition, dt, box_table(records, {run: dt})
     def draw(_=None):
         no_curves.value = ""
-        try: curves.value = _curves(root, runs.value, term.value, table["nh"][list(runs.value)].max())
+        try: curves.value = _curves(root, runs.value, term.value, table["nh"])
         except FileNotFoundError as e: no_curves.value = _pre(e.args[0])
     def show(_=None):
         found, text.value, board.matrix, board.cells, grid = {}, "", None, {}, []

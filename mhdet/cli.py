@@ -10,7 +10,7 @@ import contextlib, ctypes, functools, inspect, json, math, os, sys, time, warnin
 from pathlib import Path
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 # %% ../nbs/21_cli.ipynb #bd5f29f8
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
@@ -128,10 +128,10 @@ def _counted(words, least, most, metavar=""):
     data = next((f"; a data set is given as --data {w}" for w in words if Path(w).exists()), "")
     raise ValueError(f"{due} is due here, got {' '.join(words) or 'none'}{data}")
 
-def _signature(own, keys, metavar):
+def _signature(own, keys):
     "What typer is to see: a command's own options, the choices that are options too, and what all commands share."
     shared = dict(ctx=(typer.Context, inspect.Parameter.empty),
-                  words=(list[str], typer.Argument(None, metavar=metavar, show_default=False)),
+                  words=(list[str], typer.Argument(None, hidden=True)),
                   config=(list[str], _opt(None, "YAML of choices; may be repeated.", "--config")),
                   **{k: (str, _opt(None, CHOICES[k])) for k in keys},
                   as_json=(bool, _opt(False, "One JSON value on stdout instead of a table.", "--json")),
@@ -139,6 +139,10 @@ def _signature(own, keys, metavar):
     P = inspect.Parameter
     return inspect.Signature([*(p.replace(kind=P.KEYWORD_ONLY) for p in own),
                               *(P(k, P.KEYWORD_ONLY, annotation=t, default=d) for k, (t, d) in shared.items())])
+
+class _Command(TyperCommand):
+    "A command whose usage line says what words are due, and nothing else."
+    def collect_usage_pieces(self, ctx): return [self.options_metavar]
 
 def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
     "Register a function (names, chosen, options) -> (value, text[, failed]) as a command; its docstring is the help."
@@ -155,8 +159,8 @@ def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
             if os.environ.get("RANK", "0") == "0":                          # of several processes the first one answers
                 typer.echo(json.dumps(_plain(value)) if as_json else text if isinstance(text, str) else _table(text))
             return int(any(failed))
-        run.__signature__ = _signature(own, keys, metavar)
-        app.command(f.__name__.strip("_"))(run)
+        run.__signature__ = _signature(own, keys)
+        app.command(f.__name__.strip("_"), cls=_Command, options_metavar=f"[OPTIONS] {metavar}".strip())(run)
         return f
     return register
 
@@ -300,7 +304,10 @@ def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev",
              iou: float = _part(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
              threshold: float = _part(None, "Only pairs with at least this share confused."),
              heads: str = _opt(None, "Head file for the blocks of heads; a RUN has its own.")):
-    "Which class is taken for which, and which head's for which head's; worst pairs first."
+    """Which class, and which head, is taken for which.
+
+    Worst pairs first; of several heads, also whose objects which one answered.
+    """
     from mhdet.experiment import find_run
     from mhdet.partition import confusability, confused_pairs, load_heads
     from mhdet.results import head_blocks, write_confusion
@@ -522,9 +529,9 @@ def _split(names, chosen, heads: str = _opt(..., "Head file."), out: str = _opt(
 # %% ../nbs/21_cli.ipynb #5f939728
 @_command("", (1, None), "RUN...")
 def _plot(names, chosen, out: str = _opt("figures", "Folder.")):
-    """Training dynamics as figures and CSVs, and what the last epochs say.
+    """Training dynamics as figures and CSVs.
 
-    For runs that were judged also their confusion, ordered by head.
+    Also what the last epochs say and, for runs that were judged, their confusion, ordered by head.
     """
     import matplotlib.pyplot as plt, pandas as pd
     from mhdet.core import JsonLog, theme
@@ -549,7 +556,7 @@ def _plot(names, chosen, out: str = _opt("figures", "Folder.")):
     made = [str(out / name) for name in (*figures, *tables)]
     return made, "\n".join([_table(ends), "", *made])
 
-@_command("")
+@_command("", metavar="")
 def _runs(names, chosen):
     "Every run: state, epoch, time left, AP50; best first."
     from mhdet.experiment import load_runs
@@ -620,7 +627,7 @@ def _detect(names, chosen, out: str = _opt("detections", "Folder."), conf: float
     return facts, [facts]
 
 # %% ../nbs/21_cli.ipynb #190fa778
-@_command("data", (0, 1), "[D]")
+@_command("data", (0, 1), "[DATA]")
 def _data(names, chosen, resize: int = _opt(None, "Long side of a resized copy, px."),
           out: str = _opt(None, "Folder of the copy.")):
     """What is in a data set, and what is wrong with it.
@@ -641,7 +648,7 @@ def _data(names, chosen, resize: int = _opt(None, "Long side of a resized copy, 
     if out: resize_copy(splits, resize, out)
     return dict(splits=value), "\n\n".join([_table(rows), _table(classes), "\n".join(wrong) or "nothing wrong"])
 
-@_command("")
+@_command("", metavar="")
 def _check(names, chosen, fixtures: str = _opt(..., "Folder of NAME.json and NAME.npz.")):
     """This build against reference numbers.
 
@@ -739,7 +746,10 @@ def _doctor(names, chosen):
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
-    "JupyterLab on the workbook of the clone that one is in, or that is installed; more words go to it."
+    """JupyterLab on the workbook.
+
+    That of the clone that one is in, or that is installed; more words go to JupyterLab.
+    """
     import importlib.util
     if not importlib.util.find_spec("jupyterlab"): raise ValueError("JupyterLab is missing: pip install jupyterlab")
     clones = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]

@@ -588,7 +588,7 @@ def compare(gt, dt_a, dt_b, nc, n_images, margin=.005, seed_sd=None, swaps=0, **
     return {**d, "verdict": judge(d["delta"], d["low"], d["high"], margin), "seeds_needed": need, "p_pictures": p}
 
 # %% ../nbs/05_errors.ipynb #cf1d26be
-def plot_diffs(diffs, margin=0., ax=None):
+def plot_diffs(diffs, margin=0., ax=None, metric="AP50"):
     """Draw differences with their intervals, one line each.
 
     Parameters
@@ -598,6 +598,8 @@ def plot_diffs(diffs, margin=0., ax=None):
     margin : float
         Half width of the grey band; no unit (AP as fraction).
     ax : Axes or None
+    metric : str
+        What the differences are of, for the axis.
 
     Returns
     -------
@@ -621,5 +623,5 @@ def plot_diffs(diffs, margin=0., ax=None):
         if "seeds_a" in d: said += f", n={d['seeds_a']}/{d['seeds_b']}"
         ax.annotate(said, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.set_yticks(range(len(diffs)), list(diffs))
-    ax.set(xlabel="difference of AP (95 % interval)", ylim=(len(diffs) - .5, -.5))
+    ax.set(xlabel=f"difference of {metric} (95 % interval)", ylim=(len(diffs) - .5, -.5))
     return ax

@@ -155,7 +155,8 @@ def _figures(found, head_of):
     "The report's figures by name."
     both = {m: found if m == "AP50" else found[m] for m in ("AP50", "AP")}
     classes = {k: v["AP50"] for k, v in found["per_class"].items() if v["AP50"]["low"] is not None}
-    axes = dict(differences=plot_diffs(both, found["margin"]), errors=plot_profile(found["errors"]),
+    axes = dict(differences=plot_diffs(both, found["margin"], metric="AP50 and of AP"),
+                errors=plot_profile(found["errors"]),
                 classes=plot_diffs(dict(sorted(classes.items(), key=lambda kv: -kv[1]["delta"]))),
                 confusion=plot_change(*found["confusion"].values(), found["names"], head_of))
     titles = (f"b: {found['verdict']}", "What repairing each kind of mistake would bring",
