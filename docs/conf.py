@@ -66,6 +66,25 @@ def name_figures(doctree, docname):
         cell.children[-1].append(by)
 
 
+def narrow(doctree, docname):
+    """For narrow screens: what is printed is parted at empty lines, and aligned paragraphs, which must not wrap, are marked;
+    so are tables of sentences."""
+    for block in [n for n in doctree.findall(nodes.literal_block) if "output" in n["classes"]]:
+        parts, text = [], re.sub(r"^(\$ \S+ .*)\n", r"\1\n\n", block.astext().strip("\n"))                    # $ begins a command
+        for text in re.split(r"\n{2,}", text):
+            parts.append(nodes.literal_block(text, text, **block.attributes))
+            short = max(map(len, text.split("\n"))) <= 120
+            if short and re.search(r"\S {2,}\S.*\n.*\S {2,}\S", text): parts[-1]["classes"].append("aligned")
+        block.replace_self(parts)
+    for table in doctree.findall(nodes.table):
+        if max(len(row.astext()) for row in table.findall(nodes.row)) > 100: table["classes"].append("sentences")
+
+
+def open_pictures(app, page, template, context, doctree):
+    "A link to a picture shows it; Sphinx would save it."
+    context["body"] = re.sub(r' download internal" download=""(?= href="[^"]*\.png")', ' internal"', context.get("body", ""))
+
+
 MODULE = {name: module for module, names in public().items() for name in names if re.search(r"[_A-Z]", name)}
 
 
@@ -94,7 +113,8 @@ def fields(app, what, name, obj, skip, options):
 
 def setup(app):
     app.connect("autodoc-skip-member", fields)
+    app.connect("html-page-context", open_pictures)
     app.connect("autodoc-process-docstring", escape, priority=400)        # before napoleon
-    for f in (name_figures, link_names):
+    for f in (name_figures, narrow, link_names):
         app.connect("doctree-read", lambda app, doctree, f=f: f(doctree, app.env.docname))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -32,7 +32,9 @@ The board below shows the state it was saved in. Its dials compute in a running 
 ```""")
 
 
-CONTENTS = {"Begin": ["nbs/tutorials/*", "docs/*"], "Ground": ["nbs/00*"], "Boxes": ["nbs/0[1-9]*", "nbs/10*"],
+BEGIN = ["nbs/tutorials/own_data", "nbs/tutorials/compare", "docs/coco", "docs/from_yolov7", "docs/scale", "docs/remote", "docs/colab",
+         "nbs/tutorials/colab", "docs/troubleshooting"]
+CONTENTS = {"Begin": BEGIN, "Ground": ["nbs/00*"], "Boxes": ["nbs/0[1-9]*", "nbs/10*"],
             "Training": ["nbs/1[1-4]*"], "Meeting": ["nbs/1[5-8]*"], "Doors": ["nbs/19*", "nbs/2*"], "Studies": ["nbs/studies/*"],
             "House": ["nbs/log", "nbs/design", "[A-Z]*"], "Reference": ["api/index"]}
 FRONT = "nbs/index.ipynb"
