@@ -13,7 +13,6 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from .core import HEAD_COLORS, load_cfg
 from .data import open_data
@@ -310,18 +309,15 @@ def _curves(root, runs, term, nh):
     folders = {run: find_run(run, root)[0] for run in sorted(runs, key=lambda run: nh[run] == 1)}    # colours by place
     several = {run: folder for run, folder in folders.items() if nh[run] > 1}
     n = max((nh[run] for run in several), default=0)
-    high = 1 + -(-n // 4)
-    axes = np.ravel(_axes(high, 4, 10, 2 * high))
-    whole, heads = axes[:3], axes[4:4 + n]
-    plot_runs(folders, (term, "AP", "AP50"), whole)
-    if n: plot_runs(several, [f"h{h}/{term}" for h in range(n)], heads)
-    whole[0].set_title(f"{term} loss, all classes")
-    for ax in (axes[3], *axes[4 + n:]): ax.set_axis_off()
-    for ax in (*whole, *heads):
-        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes = np.ravel(_axes(high := 1 + -(-n // 4), 4, 10, 2 * high))
+    plot_runs(folders, (term, "AP", "AP50"), axes[:3])[0].set_title(f"{term} loss, all classes")
+    if n: plot_runs(several, [f"h{h}/{term}" for h in range(n)], axes[4:4 + n])
+    for ax in axes:
+        ax.locator_params("x", integer=True)
         ax.set_ylim(0)
         if ax.get_legend(): ax.get_legend().remove()
-    axes[3].legend(*whole[2].get_legend_handles_labels(), loc="upper left", title="train solid, dev dashed")
+        if not ax.lines: ax.set_axis_off()
+    axes[3].legend(*axes[0].get_legend_handles_labels(), loc="upper left", title="train solid, dev dashed")
     return _webp(axes)
 
 def _opened(root, data, split):
