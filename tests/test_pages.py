@@ -29,7 +29,7 @@ def asked(line):
     for k, word in enumerate(words):
         before = words[k - 1] if k else ";"
         begins = set(before) <= set(";&|(){}") or before in ("exec", "then", "do", "-m") or re.match("[A-Z_]+=", before)
-        if word == "mhdet" and begins or word == "mhdet.cli" and before == "-m":
+        if word == "mhdet" and begins:
             end = next((j for j in range(k, len(words)) if set(words[j]) & set(";&|}")), len(words))
             out.append(words[k + 1:end])
     return out
@@ -58,7 +58,7 @@ def test_lines(words): check(words)
 
 def test_a_breach_is_found():
     assert asked("cd x && mhdet train epochs=3 # note") == [["train", "epochs=3"]]
-    assert asked("accelerate launch -m mhdet.cli train --data D; ls") == [["train", "--data", "D"]]
+    assert asked("accelerate launch -m mhdet train --data D; ls") == [["train", "--data", "D"]]
     for line in ("trian", "train epoch=3", "train --rezume a", "train epochs=few", "split RUN --heads H", "runs --all"):
         with pytest.raises(Exception): check(line.split())
 
