@@ -669,7 +669,7 @@ def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--qui
 @_command("imgsz nms_iou max_det", (1, 1), "RUN [key=value]...")
 def _export(names, chosen, out: str = _opt(..., "The file."),
             nms: bool = _opt(False, "With suppression inside.", "--nms"),
-            conf: float = _part(None, "Least score, with --nms; .25 if not given."),
+            conf: float = _opt(None, "Least score, with --nms; .25 if not given."),
             one_label: bool = _opt(False, "One class for each place, with --nms.", "--one-label")):
     """A run as one ONNX file, checked against the model.
 

@@ -143,7 +143,7 @@ def test_the_command(tmp_path, monkeypatch):
     bad = {"export base --out M.onnx": "M.onnx: exists already", "export absent --out a.onnx": "absent: no run there",
            "export base --out a.onnx --conf .3": "'conf' changes nothing without --nms",
            "export base --out a.onnx --nms --conf 3": "conf and iou lie in 0..1, got 3",
-           "export base --out a.onnx imgsz=100": "imgsz=100", "export base --out no/a.onnx": "no: no such folder",
+           "export base --out a.onnx imgsz=100": "a multiple of 32, got 100", "export base --out no/a.onnx": "no: no such folder",
            "export base": "Missing option '--out'", "export base --out a.onnx lr=1": "'lr' changes nothing here"}
     for line, words in bad.items():
         code, out, err = mhdet(line)
