@@ -1008,7 +1008,7 @@ def plot_balance(partition, counts, ax=None):
         left = np.cumsum(counts[ids]) - counts[ids]
         ax.barh(h, counts[ids], left=left, color=HEAD_COLORS[h % len(HEAD_COLORS)], edgecolor="w", lw=.4)
         for c, x in zip(ids, left):
-            if counts[c] > .022 * len(partition.names[c]) * widest:
+            if counts[c] > .025 * len(partition.names[c]) * widest:
                 ax.text(x + counts[c] / 2, h, partition.names[c], ha="center", va="center", fontsize=7, color="w")
     imbalance = card(partition, counts)["imbalance"]
     ax.set(yticks=range(partition.nh), yticklabels=[h.name for h in partition.heads], xlabel="boxes",
