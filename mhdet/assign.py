@@ -23,6 +23,7 @@ class Matches(NamedTuple):
     `anch` (n, 2) the anchor in grid units; `sizes` a tuple of ints, the entries on each level. Errors: none, it only
     holds what was found. Source: own.
     """
+
     level: Tensor
     image: Tensor
     anchor: Tensor
@@ -39,8 +40,9 @@ class Matches(NamedTuple):
         "Of every level the index (image, anchor, gy, gx) of its matches into (B, A, H, W, ...)."
         return zip(*(v.split(self.sizes) for v in (self.image, self.anchor, self.gy, self.gx)))
 
+
 @torch.no_grad()
-def match_anchors(targets, shapes, anchors, strides, anchor_t=4.):
+def match_anchors(targets, shapes, anchors, strides, anchor_t=4.0):
     """Predictions that answer for each target, by the size of the anchor and the place of the centre.
 
     Parameters
@@ -71,22 +73,28 @@ def match_anchors(targets, shapes, anchors, strides, anchor_t=4.):
     Wang, Bochkovskiy, Liao 2022 (YOLOv7); the rule goes back to Jocher's YOLOv5.
     """
     if targets.ndim != 2 or targets.shape[1] != 6:
-        raise ValueError(f"targets: (M, 6) image, class, cx, cy, w, h is due, got shape {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets: (M, 6) image, class, cx, cy, w, h is due, got shape {tuple(targets.shape)}"
+        )
     if not len(shapes) == len(strides) == len(anchors):
-        raise ValueError(f"{len(anchors)} levels of anchors, but {len(shapes)} shapes and {len(strides)} strides")
+        raise ValueError(
+            f"{len(anchors)} levels of anchors, but {len(shapes)} shapes and {len(strides)} strides"
+        )
     new = targets.new_tensor
-    grid = new([[w, h] for h, w in shapes])                                                # (L, 2): W, H
-    anch = torch.as_tensor(anchors).to(targets) / new(strides)[:, None, None]              # (L, A, 2) grid units
-    xy, wh = (targets[:, i:i + 2] * grid[:, None] for i in (2, 4))                         # (L, M, 2)
-    ratio = wh[:, None] / anch[:, :, None]                                                 # (L, A, M, 2)
-    fits = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_t                             # (L, A, M)
+    grid = new([[w, h] for h, w in shapes])  # (L, 2): W, H
+    anch = (
+        torch.as_tensor(anchors).to(targets) / new(strides)[:, None, None]
+    )  # (L, A, 2) grid units
+    xy, wh = (targets[:, i : i + 2] * grid[:, None] for i in (2, 4))  # (L, M, 2)
+    ratio = wh[:, None] / anch[:, :, None]  # (L, A, M, 2)
+    fits = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_t  # (L, A, M)
     back = grid[:, None] - xy
-    low, high = ((v % 1 < .5) & (v > 1) for v in (xy, back))                               # leans left/up, right/down
-    leans = torch.cat([torch.ones_like(low[..., :1]), low, high], -1).transpose(1, 2)      # (L, 5, M)
-    mask = leans[:, :, None] & fits[:, None]                                               # (L, 5, A, M)
+    low, high = ((v % 1 < 0.5) & (v > 1) for v in (xy, back))  # leans left/up, right/down
+    leans = torch.cat([torch.ones_like(low[..., :1]), low, high], -1).transpose(1, 2)  # (L, 5, M)
+    mask = leans[:, :, None] & fits[:, None]  # (L, 5, A, M)
     sizes = tuple(mask.flatten(1).sum(1).tolist())
     level, side, a, t = torch.nonzero_static(mask, size=sum(sizes)).unbind(1)
-    shift = new([[0, 0], [.5, 0], [0, .5], [-.5, 0], [0, -.5]])[side]
+    shift = new([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]])[side]
     W, H = (cells := grid.long()[level]).unbind(1)
     corner = (xy[level, t] - shift).long().clamp(min=0).minimum(cells - 1)
     (gx, gy), (image, cls) = corner.unbind(1), targets[t, :2].long().unbind(1)
@@ -98,13 +106,21 @@ def match_anchors(targets, shapes, anchors, strides, anchor_t=4.):
 def _costs(m, rows, head_of, strides, negatives):
     "Of every candidate: box (n, 4) px xyxy, price of *no* for all classes (n,), what *yes* for a class adds (n, nc)."
     nh, head = (rows.shape[1] - len(head_of)) // 5, head_of[m.cls]
-    own = rows[:, :5 * nh].unflatten(1, (nh, 5))[torch.arange(len(rows), device=rows.device), head].sigmoid()
+    own = (
+        rows[:, : 5 * nh]
+        .unflatten(1, (nh, 5))[torch.arange(len(rows), device=rows.device), head]
+        .sigmoid()
+    )
     stride = rows.new_tensor(strides)[m.level, None]
-    xy, wh = (2 * own[:, :2] - .5 + torch.stack([m.gx, m.gy], 1)) * stride, (2 * own[:, 2:4]).square() * m.anch * stride
-    y = (rows[:, 5 * nh:].sigmoid() * own[:, 4:]).sqrt_().clamp_(1e-12, 1 - 2 ** -24)
+    xy, wh = (
+        (2 * own[:, :2] - 0.5 + torch.stack([m.gx, m.gy], 1)) * stride,
+        (2 * own[:, 2:4]).square() * m.anch * stride,
+    )
+    y = (rows[:, 5 * nh :].sigmoid() * own[:, 4:]).sqrt_().clamp_(1e-12, 1 - 2**-24)
     no = torch.log1p(-y)
     known = no if negatives == "all" else no * (head_of == head[:, None])
     return torch.cat([xy - wh / 2, xy + wh / 2], 1), -known.sum(1), no - y.log()
+
 
 def _padded(group, groups, width, off=None):
     "Members of every group (groups, width), in order; `len(group)` where there is none. Those `off` are left out."
@@ -126,18 +142,22 @@ def _overlaps(a, b):
     inside = side(0).mul_(side(1))
     return inside / (area(a) + area(b) - inside).clamp_(min=1e-9)
 
+
 def _taken(cost, iou):
     "Of every candidate (G, A) the position of the object that takes it, -1 if none; at `cost` inf nobody does."
     width = min(10, cost.shape[2])
     k = iou.topk(width).values.sum(2).long().clamp(1, width)[:, :, None]
-    edge = cost.topk(width, largest=False).values.gather(2, k - 1)                       # what the k-th cheapest costs
+    edge = cost.topk(width, largest=False).values.gather(2, k - 1)  # what the k-th cheapest costs
     level = cost == edge
-    spare = k - (cost < edge).sum(2, keepdim=True)                                       # of equal ones the first few
+    spare = k - (cost < edge).sum(2, keepdim=True)  # of equal ones the first few
     wants = ((cost < edge) | (level & (level.cumsum(2) <= spare))) & (cost < torch.inf)
     several, n = wants.sum(1, keepdim=True) > 1, cost.shape[1]
     wants = torch.where(several, cost == cost.amin(1, keepdim=True), wants)
-    first = torch.where(wants, torch.arange(n, device=cost.device, dtype=torch.int32)[:, None], n).amin(1)
+    first = torch.where(
+        wants, torch.arange(n, device=cost.device, dtype=torch.int32)[:, None], n
+    ).amin(1)
     return torch.where(first < n, first.long(), -1)
+
 
 def _again(m, head, counts, nh):
     "Whether a candidate (n,) is one more proposal of the same prediction to the same head."
@@ -146,6 +166,7 @@ def _again(m, head, counts, nh):
     again = torch.zeros_like(key, dtype=torch.bool)
     again[order[1:]] = key[1:] == key[:-1]
     return again
+
 
 def _given(m, target, targets, shapes):
     "The matches that got a target (n,), -1 being none: with its class, and its box as seen from their cells."
@@ -162,7 +183,17 @@ def _given(m, target, targets, shapes):
 
 # %% ../nbs/09_assign.ipynb #98c6a5aa
 @torch.no_grad()
-def match_ota(raws, targets, anchors, strides, anchor_t=4., head_of=None, negatives="all", merge=True, spread=None):
+def match_ota(
+    raws,
+    targets,
+    anchors,
+    strides,
+    anchor_t=4.0,
+    head_of=None,
+    negatives="all",
+    merge=True,
+    spread=None,
+):
     """Predictions that answer for each target, by what they say: dynamic-k assignment, all groups in one call.
 
     Parameters
@@ -198,22 +229,32 @@ def match_ota(raws, targets, anchors, strides, anchor_t=4., head_of=None, negati
     """
     shapes, (B, channels, H, W), na = [r.shape[2:] for r in raws], raws[0].shape, len(anchors[0])
     m = match_anchors(targets, shapes, anchors, strides, anchor_t)
-    if not len(m.level): return m
-    if head_of is None: head_of = m.cls.new_zeros(channels // na - 5)
+    if not len(m.level):
+        return m
+    if head_of is None:
+        head_of = m.cls.new_zeros(channels // na - 5)
     nc, n = len(head_of), len(m.level)
     rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, m.places())])
-    rows = (rows if spread is None else rows[:, spread]).to(torch.promote_types(rows.dtype, torch.float32))
+    rows = (rows if spread is None else rows[:, spread]).to(
+        torch.promote_types(rows.dtype, torch.float32)
+    )
     nh, head = (rows.shape[1] - nc) // 5, head_of[m.cls]
     box, no, yes = _costs(m, rows, head_of, strides, negatives)
     off = _again(m, head, [B * h * w * na for h, w in shapes], nh) if merge else None
-    group, own = m.image * nh + head, targets[:, 0].long() * nh + head_of[cls := targets[:, 1].long()]
+    group, own = (
+        m.image * nh + head,
+        targets[:, 0].long() * nh + head_of[cls := targets[:, 1].long()],
+    )
     most = [torch.bincount(g, minlength=B * nh).max() for g in (own, group)]
-    t, c = (_padded(g, B * nh, w, o) for g, w, o in zip((own, group), torch.stack(most).tolist(), (None, off)))
+    t, c = (
+        _padded(g, B * nh, w, o)
+        for g, w, o in zip((own, group), torch.stack(most).tolist(), (None, off))
+    )
     place = targets[:, 2:] * targets.new_tensor([W, H] * 2) * strides[0]
     due = torch.cat([place[:, :2] - place[:, 2:] / 2, place[:, :2] + place[:, 2:] / 2], 1)
-    pad = lambda v, at, fill=0.: torch.cat([v, v.new_full((1, *v.shape[1:]), fill)])[at]
+    pad = lambda v, at, fill=0.0: torch.cat([v, v.new_full((1, *v.shape[1:]), fill)])[at]
     iou = _overlaps(pad(due, t), pad(box, c))
-    yes = pad(yes, slice(None)).flatten()[c[:, None] * nc + pad(cls, t, 0)[:, :, None]]           # (G, T, A)
+    yes = pad(yes, slice(None)).flatten()[c[:, None] * nc + pad(cls, t, 0)[:, :, None]]  # (G, T, A)
     cost = pad(no, c, torch.inf)[:, None] + yes - 3 * (iou + 1e-8).log()
     cost = cost.masked_fill_((t == len(targets))[:, :, None], torch.inf)
     who = _taken(cost, iou)

@@ -45,14 +45,17 @@ def hflip(image, boxes, vertical=False):
     """
     side = image.shape[1 if vertical else 2]
     x0, y0, x1, y1 = boxes.unbind(-1)
-    boxes = torch.stack([x0, side - y1, x1, side - y0] if vertical else [side - x1, y0, side - x0, y1], -1)
+    boxes = torch.stack(
+        [x0, side - y1, x1, side - y0] if vertical else [side - x1, y0, side - x0, y1], -1
+    )
     return image.flip(1 if vertical else 2), boxes
 
 # %% ../nbs/03_augment.ipynb #9e4fc315
-GREY = 114.                                     # what is shown where there is no picture
-_SAME, _AXIS = torch.eye(3), torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+GREY = 114.0  # what is shown where there is no picture
+_SAME, _AXIS = torch.eye(3), torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
 
-def hsv(image, rng, h=.015, s=.7, v=.4):
+
+def hsv(image, rng, h=0.015, s=0.7, v=0.4):
     """Change hue, saturation and value by chance.
 
     Parameters
@@ -77,17 +80,22 @@ def hsv(image, rng, h=.015, s=.7, v=.4):
     ----------
     Bochkovskiy et al. 2020 for the recipe; the linear form is own.
     """
-    if min(h, s, v) < 0: raise ValueError(f"hsv: strengths must not be negative, got {h}, {s}, {v}")
+    if min(h, s, v) < 0:
+        raise ValueError(f"hsv: strengths must not be negative, got {h}, {s}, {v}")
     turn, gs, gv = rng.uniform(-1, 1, 3) * [h * 2 * math.pi, s, v] + [0, 1, 1]
     cos = math.cos(turn)
     mix = gv * (cos * _SAME + (1 - cos) / 3 + math.sin(turn) * _AXIS)
     turned = torch.tensordot(mix, image.float(), 1)
     peak = turned.amax(0)
-    fit = (255 / peak).clamp_(max=1)                  # overexposed: the brightest channel stops at 255, the hue stays
+    fit = (255 / peak).clamp_(
+        max=1
+    )  # overexposed: the brightest channel stops at 255, the hue stays
     return torch.lerp(peak * fit, turned * fit, gs).clamp_(0, 255)
 
 # %% ../nbs/03_augment.ipynb #6a3a84d1
-def random_matrix(canvas, size, rng, degrees=0., translate=.1, scale=.5, shear=0., perspective=0.):
+def random_matrix(
+    canvas, size, rng, degrees=0.0, translate=0.1, scale=0.5, shear=0.0, perspective=0.0
+):
     """Where the points of a canvas go, by chance.
 
     Parameters
@@ -120,39 +128,56 @@ def random_matrix(canvas, size, rng, degrees=0., translate=.1, scale=.5, shear=0
     ----------
     Bochkovskiy et al. 2020; YOLO's random perspective, with the tilt as a share instead of 1/px.
     """
-    for name, value, limit in (("scale", scale, 1), ("perspective", perspective, .5)):
-        if not 0 <= value < limit: raise ValueError(f"{name} must be in [0, {limit}), got {value}")
+    for name, value, limit in (("scale", scale, 1), ("perspective", perspective, 0.5)):
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} must be in [0, {limit}), got {value}")
     turn, lean_x, lean_y = np.radians(rng.uniform(-1, 1, 3) * [degrees, shear, shear])
     grow, *shift = rng.uniform(-1, 1, 3) * [scale, translate, translate]
-    rotate = (1 + grow) * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    rotate = (1 + grow) * np.array(
+        [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+    )
     linear = np.array([[1, math.tan(lean_x)], [math.tan(lean_y), 1]]) @ rotate
-    centre, goal = np.array(canvas[::-1]) / 2, size * (.5 + np.array(shift))
-    if not perspective: return np.concatenate([linear, (goal - linear @ centre)[:, None]], 1)
+    centre, goal = np.array(canvas[::-1]) / 2, size * (0.5 + np.array(shift))
+    if not perspective:
+        return np.concatenate([linear, (goal - linear @ centre)[:, None]], 1)
     tilt = rng.uniform(-perspective, perspective, 2) / centre
     matrix = np.vstack([linear + np.outer(goal, tilt), tilt])
     return np.column_stack([matrix, [*goal, 1] - matrix @ centre])
+
 
 def _grid(matrix, h, w, size):
     "Where the pixels of the result lie in the picture, float32 (size, size, 2), -1..1."
     step, grid = np.arange(size, dtype=np.float32), np.empty((size, size, 2), np.float32)
     if len(matrix) == 3:
         if min(matrix[2] @ [x, y, 1] for x in (0, w) for y in (0, h)) <= 0:
-            raise ValueError("affine: a corner of the picture is behind the eye (its depth is not above 0)")
-        back = np.linalg.inv(matrix) @ [[1, 0, .5], [0, 1, .5], [0, 0, 1]]
-        (a, b, c), (d, e, f), (g, i, k) = (np.array([[2 / w, 0, -1], [0, 2 / h, -1], [0, 0, 1]]) @ back).tolist()
+            raise ValueError(
+                "affine: a corner of the picture is behind the eye (its depth is not above 0)"
+            )
+        back = np.linalg.inv(matrix) @ [[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]]
+        (a, b, c), (d, e, f), (g, i, k) = (
+            np.array([[2 / w, 0, -1], [0, 2 / h, -1], [0, 0, 1]]) @ back
+        ).tolist()
     else:
         back = np.linalg.inv(matrix[:, :2])
-        start = back @ (np.array([.5, .5]) - matrix[:, 2])            # where the first pixel's centre comes from
-        (a, b, c), (d, e, f) = (np.column_stack([back, start]) * [[2 / w], [2 / h]] - [[0, 0, 1]] * 2).tolist()
+        start = back @ (
+            np.array([0.5, 0.5]) - matrix[:, 2]
+        )  # where the first pixel's centre comes from
+        (a, b, c), (d, e, f) = (
+            np.column_stack([back, start]) * [[2 / w], [2 / h]] - [[0, 0, 1]] * 2
+        ).tolist()
     np.add(np.float32(a) * step, (b * step + c)[:, None], out=grid[..., 0])
     np.add(np.float32(d) * step, (e * step + f)[:, None], out=grid[..., 1])
-    if len(matrix) == 3: grid /= np.add.outer(i * step + k, g * step).clip(1e-6)[..., None]   # below 0: behind the eye
+    if len(matrix) == 3:
+        grid /= np.add.outer(i * step + k, g * step).clip(1e-6)[
+            ..., None
+        ]  # below 0: behind the eye
     return grid
+
 
 def _enough(boxes, full):
     "Which boxes (N, 4), clipped, still show enough of objects of `full` px^2."
     w, h = (boxes[:, 2:] - boxes[:, :2]).T
-    return (w > 2) & (h > 2) & (w * h > .1 * full) & (np.maximum(w, h) < 20 * np.minimum(w, h))
+    return (w > 2) & (h > 2) & (w * h > 0.1 * full) & (np.maximum(w, h) < 20 * np.minimum(w, h))
 
 # %% ../nbs/03_augment.ipynb #8589988a
 def affine(image, boxes, labels, matrix, size):
@@ -190,7 +215,11 @@ def affine(image, boxes, labels, matrix, size):
     image = image.float().sub_(GREY)[None] if image.dtype == torch.uint8 else (image - GREY)[None]
     image = F.grid_sample(image, grid, padding_mode="zeros", align_corners=False)[0].add_(GREY)
     old = boxes.numpy()
-    full = (old[:, 2] - old[:, 0]) * (old[:, 3] - old[:, 1]) * abs(np.linalg.det(matrix[:, :len(matrix)]))
+    full = (
+        (old[:, 2] - old[:, 0])
+        * (old[:, 3] - old[:, 1])
+        * abs(np.linalg.det(matrix[:, : len(matrix)]))
+    )
     points = old[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
     corners = points @ matrix[:2, :2].T + matrix[:2, 2]
     if len(matrix) == 3:
@@ -201,7 +230,7 @@ def affine(image, boxes, labels, matrix, size):
     return image, torch.from_numpy(moved[keep]).float(), labels[torch.from_numpy(keep)]
 
 # %% ../nbs/03_augment.ipynb #4a87a098
-def pad(image, boxes, labels, rng, share=.2):
+def pad(image, boxes, labels, rng, share=0.2):
     """Pad each side by chance, and resize to the square there was.
 
     Parameters
@@ -229,10 +258,13 @@ def pad(image, boxes, labels, rng, share=.2):
     ----------
     own
     """
-    if not share >= 0: raise ValueError(f"pad: the share must not be negative, got {share}")
+    if not share >= 0:
+        raise ValueError(f"pad: the share must not be negative, got {share}")
     left, top, right, bottom = rng.uniform(0, share, 4)
     size, (x, y) = image.shape[1], (1 / (1 + left + right), 1 / (1 + top + bottom))
-    return affine(image, boxes, labels, np.array([[x, 0, size * left * x], [0, y, size * top * y]]), size)
+    return affine(
+        image, boxes, labels, np.array([[x, 0, size * left * x], [0, y, size * top * y]]), size
+    )
 
 # %% ../nbs/03_augment.ipynb #432fe047
 def mosaic(tiles, size, rng):
@@ -260,16 +292,21 @@ def mosaic(tiles, size, rng):
     ----------
     Bochkovskiy et al. 2020, section 3.3.
     """
-    if len(tiles) != 4: raise ValueError(f"a mosaic has 4 tiles, got {len(tiles)}")
+    if len(tiles) != 4:
+        raise ValueError(f"a mosaic has 4 tiles, got {len(tiles)}")
     canvas, moved = torch.full((3, 2 * size, 2 * size), int(GREY), dtype=torch.uint8), []
     cx, cy = rng.integers(size // 2, size + size // 2, 2, endpoint=True).tolist()
     for k, (image, boxes, labels) in enumerate(tiles):
         h, w = image.shape[1:]
-        x, y = cx - w * (k % 2 == 0), cy - h * (k < 2)      # above left, above right, below left, below right
+        x, y = (
+            cx - w * (k % 2 == 0),
+            cy - h * (k < 2),
+        )  # above left, above right, below left, below right
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, 2 * size), min(y + h, 2 * size)
-        canvas[:, y0:y1, x0:x1] = image[:, y0 - y:y1 - y, x0 - x:x1 - x]
+        canvas[:, y0:y1, x0:x1] = image[:, y0 - y : y1 - y, x0 - x : x1 - x]
         moved.append((boxes + torch.tensor([x, y, x, y])).clamp(0, 2 * size))
     return canvas, torch.cat(moved), torch.cat([labels for _, _, labels in tiles])
+
 
 def mixup(a, b, rng):
     """Two pictures laid over each other, with the boxes of both.
@@ -294,32 +331,42 @@ def mixup(a, b, rng):
     ----------
     Zhang et al. 2018; Beta(8, 8) is that of the YOLO recipe.
     """
-    return (torch.lerp(b[0].float(), a[0].float(), rng.beta(8, 8)), *(torch.cat(pair) for pair in zip(a[1:], b[1:])))
+    return (
+        torch.lerp(b[0].float(), a[0].float(), rng.beta(8, 8)),
+        *(torch.cat(pair) for pair in zip(a[1:], b[1:])),
+    )
 
 # %% ../nbs/03_augment.ipynb #0e823293
 def _rectangle(h, w, area, rng):
     "A rectangle x0, y0, x1, y1 inside a picture, px, with a share of its area between the two of `area`."
     low, high = area
-    if not 0 <= low <= high <= 1: raise ValueError(f"area: two shares in rising order are due, got {area}")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"area: two shares in rising order are due, got {area}")
     share = rng.uniform(low, high)
-    ratio = math.exp(rng.uniform(-1, 1) * -math.log(max(.3, share)))
+    ratio = math.exp(rng.uniform(-1, 1) * -math.log(max(0.3, share)))
     dy = max(math.ceil(h * math.sqrt(share * ratio)), 1)
     dx = int(np.clip(round(share * h * w / dy), math.ceil(low * h * w / dy), high * h * w // dy))
     x, y = (int(rng.integers(n, endpoint=True)) for n in (w - dx, h - dy))
     return x, y, x + dx, y + dy
 
+
 def _uncovered(boxes, labels, cover):
     "The boxes around what is seen of boxes under a rectangle, and their labels; without those more than half covered."
     low, high = boxes.split(2, 1)
-    c0, c1 = torch.maximum(low, torch.tensor(cover[:2])), torch.minimum(high, torch.tensor(cover[2:]))
+    c0, c1 = (
+        torch.maximum(low, torch.tensor(cover[:2])),
+        torch.minimum(high, torch.tensor(cover[2:])),
+    )
     keep = (c1 - c0).clamp(min=0).prod(1) <= (high - low).prod(1) / 2
-    across = ((c0 == low) & (c1 == high)).flip(1)                     # covered from side to side along the other axis
-    low, high = (torch.where(across & (c0 == low), torch.maximum(low, c1), low),
-                 torch.where(across & (c1 == high), torch.minimum(high, c0), high))
+    across = ((c0 == low) & (c1 == high)).flip(1)  # covered from side to side along the other axis
+    low, high = (
+        torch.where(across & (c0 == low), torch.maximum(low, c1), low),
+        torch.where(across & (c1 == high), torch.minimum(high, c0), high),
+    )
     return torch.cat([low, high], 1)[keep], labels[keep]
 
 # %% ../nbs/03_augment.ipynb #95f49a6b
-def random_erase(image, boxes, labels, rng, area=(.02, .33)):
+def random_erase(image, boxes, labels, rng, area=(0.02, 0.33)):
     """A rectangle of a picture made grey.
 
     Parameters
@@ -351,7 +398,8 @@ def random_erase(image, boxes, labels, rng, area=(.02, .33)):
     image = TF.erase(image, y0, x0, y1 - y0, x1 - x0, torch.tensor(GREY, dtype=image.dtype))
     return image, *_uncovered(boxes, labels, cover)
 
-def cutmix(a, b, rng, area=(0., 1.)):
+
+def cutmix(a, b, rng, area=(0.0, 1.0)):
     """A rectangle of a second picture in the place it has there, with the boxes of both.
 
     Parameters
@@ -377,7 +425,8 @@ def cutmix(a, b, rng, area=(0., 1.)):
     ----------
     Yun et al. 2019. There the rectangle may reach over the border and is cut; here it lies inside, of any share alike.
     """
-    if a[0].shape != b[0].shape: raise ValueError(f"cutmix: shapes {tuple(a[0].shape)} and {tuple(b[0].shape)}")
+    if a[0].shape != b[0].shape:
+        raise ValueError(f"cutmix: shapes {tuple(a[0].shape)} and {tuple(b[0].shape)}")
     h, w = a[0].shape[1:]
     x0, y0, x1, y1 = cover = _rectangle(h, w, area, rng)
     image = a[0].float().clone()
@@ -386,11 +435,14 @@ def cutmix(a, b, rng, area=(0., 1.)):
     old = b[1].numpy()
     pasted = old.clip(cover[:2] * 2, cover[2:] * 2)
     keep = torch.from_numpy(_enough(pasted, np.prod(old[:, 2:] - old[:, :2], 1)))
-    boxes, labels = torch.cat([boxes, torch.from_numpy(pasted).float()[keep]]), torch.cat([labels, b[2][keep]])
+    boxes, labels = (
+        torch.cat([boxes, torch.from_numpy(pasted).float()[keep]]),
+        torch.cat([labels, b[2][keep]]),
+    )
     return image, boxes, labels, 1 - (x1 - x0) * (y1 - y0) / (h * w)
 
 # %% ../nbs/03_augment.ipynb #f24d33ce
-def noise(image, rng, sd=.05):
+def noise(image, rng, sd=0.05):
     """Add Gaussian noise, each channel of each pixel on its own.
 
     Parameters
@@ -415,9 +467,11 @@ def noise(image, rng, sd=.05):
     ----------
     own
     """
-    if not sd >= 0: raise ValueError(f"noise: sd must not be negative, got {sd}")
-    g = torch.Generator().manual_seed(int(rng.integers(2 ** 63)))
+    if not sd >= 0:
+        raise ValueError(f"noise: sd must not be negative, got {sd}")
+    g = torch.Generator().manual_seed(int(rng.integers(2**63)))
     return torch.randn(image.shape, generator=g).mul_(255 * sd).add_(image).clamp_(0, 255)
+
 
 def blur(image, rng):
     """Blur by a Gaussian of 1, 3 or 5 pixels along each axis.
@@ -447,18 +501,23 @@ def blur(image, rng):
 
 # %% ../nbs/03_augment.ipynb #30189ec3
 PROBABILITIES = "mosaic mixup cutmix erase fliplr flipud blur random_ratio".split()
-STRENGTHS = "degrees translate scale shear perspective hsv_h hsv_s hsv_v noise pad close_mosaic".split()
-PER_PICTURES = {"mosaic", "close_mosaic"}                             # settled before there are objects to count
+STRENGTHS = (
+    "degrees translate scale shear perspective hsv_h hsv_s hsv_v noise pad close_mosaic".split()
+)
+PER_PICTURES = {"mosaic", "close_mosaic"}  # settled before there are objects to count
+
 
 def _checked(cfg, where=""):
     "The config, if its augmentations are in range."
     for name in PROBABILITIES:
-        if not 0 <= (p := getattr(cfg, name)) <= 1: raise ValueError(f"{where}{name} is a probability, got {p}")
+        if not 0 <= (p := getattr(cfg, name)) <= 1:
+            raise ValueError(f"{where}{name} is a probability, got {p}")
     for name in STRENGTHS:
-        limit = dict(scale=1, perspective=.5).get(name, math.inf)
+        limit = dict(scale=1, perspective=0.5).get(name, math.inf)
         if not 0 <= (value := getattr(cfg, name)) < limit:
             raise ValueError(f"{where}{name} must be in [0, {limit}), got {value}")
     return cfg
+
 
 class HeadAware:
     """The parameters to augment a sample with: those of a head, drawn by the objects there are.
@@ -470,22 +529,35 @@ class HeadAware:
     picture, a value out of range, or no `head_of`; `FileNotFoundError`. Source: class-aware augmentation of Yolov7fast,
     from its description; there only degrees and shear are used.
     """
+
     def __init__(self, cfg, head_of):
         path = cfg.head_aware
-        if head_of is None: raise ValueError(f"{path}: augmentation by head needs to know which class is in which head")
-        try: table = msgspec.convert(read_yaml(path), dict[str, dict[str, float]])
-        except msgspec.ValidationError as e: raise ValueError(f"{path}: head_0: {{shear: 1, ...}} due; {e}") from None
+        if head_of is None:
+            raise ValueError(
+                f"{path}: augmentation by head needs to know which class is in which head"
+            )
+        try:
+            table = msgspec.convert(read_yaml(path), dict[str, dict[str, float]])
+        except msgspec.ValidationError as e:
+            raise ValueError(f"{path}: head_0: {{shear: 1, ...}} due; {e}") from None
         self.head_of = np.asarray(head_of)
         heads = [f"head_{h}" for h in range(self.head_of.max() + 1)]
         if set(table) != set(heads):
-            raise ValueError(f"{path}: has {', '.join(table) or 'no head'}; the classes are in {', '.join(heads)}")
+            raise ValueError(
+                f"{path}: has {', '.join(table) or 'no head'}; the classes are in {', '.join(heads)}"
+            )
         allowed = [k for k in PROBABILITIES + STRENGTHS if k not in PER_PICTURES]
-        for head, key in ((head, key) for head in heads for key in table[head] if key not in allowed):
+        for head, key in (
+            (head, key) for head in heads for key in table[head] if key not in allowed
+        ):
             raise ValueError(f"{path}: {head}: unknown '{key}'; allowed are {', '.join(allowed)}")
-        self.params = [_checked(msgspec.structs.replace(cfg, **table[h]), f"{path}: {h}: ") for h in heads]
+        self.params = [
+            _checked(msgspec.structs.replace(cfg, **table[h]), f"{path}: {h}: ") for h in heads
+        ]
 
     def __call__(self, labels, rng):
-        if not len(labels): return self.params[rng.integers(len(self.params))]
+        if not len(labels):
+            return self.params[rng.integers(len(self.params))]
         return self.params[self.head_of[int(labels[rng.integers(len(labels))])]]
 
 # %% ../nbs/03_augment.ipynb #17ffcb66
@@ -521,7 +593,8 @@ def compose(cfg, epochs=None, head_of=None):
     _checked(cfg)
     choose = HeadAware(cfg, head_of) if cfg.head_aware else lambda labels, rng: cfg
 
-    def applied(p, rng): return p.random_ratio == 1 or rng.random() < p.random_ratio
+    def applied(p, rng):
+        return p.random_ratio == 1 or rng.random() < p.random_ratio
 
     def warped(ds, i, rng, single):
         image, boxes, labels = ds.square(i)[:3]
@@ -529,24 +602,40 @@ def compose(cfg, epochs=None, head_of=None):
             tiles = [ds.tile(k) for k in (i, *rng.integers(len(ds), size=3).tolist())]
             image, boxes, labels = mosaic(tiles, ds.imgsz, rng)
         p = choose(labels, rng)
-        strengths = (p.degrees, p.translate, p.scale, p.shear, p.perspective) if applied(p, rng) else (0,) * 5
+        strengths = (
+            (p.degrees, p.translate, p.scale, p.shear, p.perspective)
+            if applied(p, rng)
+            else (0,) * 5
+        )
         matrix = random_matrix(image.shape[1:], ds.imgsz, rng, *strengths)
         return p, affine(image, boxes, labels, matrix, ds.imgsz)
 
     def augment(ds, i, rng, epoch=None):
         single = None not in (epochs, epoch) and epoch >= epochs - cfg.close_mosaic
         p, sample = warped(ds, i, rng, single)
-        def another(): return warped(ds, int(rng.integers(len(ds))), rng, single)[1]
-        if rng.random() < p.mixup and not single: sample = mixup(sample, another(), rng)
-        if p.cutmix and rng.random() < p.cutmix: sample = cutmix(sample, another(), rng)[:3]
-        if p.pad and applied(p, rng): sample = pad(*sample, rng, p.pad)
+
+        def another():
+            return warped(ds, int(rng.integers(len(ds))), rng, single)[1]
+
+        if rng.random() < p.mixup and not single:
+            sample = mixup(sample, another(), rng)
+        if p.cutmix and rng.random() < p.cutmix:
+            sample = cutmix(sample, another(), rng)[:3]
+        if p.pad and applied(p, rng):
+            sample = pad(*sample, rng, p.pad)
         image, boxes, labels = sample
-        if applied(p, rng): image = hsv(image, rng, p.hsv_h, p.hsv_s, p.hsv_v)
-        if rng.random() < p.fliplr: image, boxes = hflip(image, boxes)
-        if rng.random() < p.flipud: image, boxes = hflip(image, boxes, vertical=True)
-        if p.erase and rng.random() < p.erase: image, boxes, labels = random_erase(image, boxes, labels, rng)
-        if p.noise and applied(p, rng): image = noise(image, rng, p.noise)
-        if p.blur and rng.random() < p.blur: image = blur(image, rng)
+        if applied(p, rng):
+            image = hsv(image, rng, p.hsv_h, p.hsv_s, p.hsv_v)
+        if rng.random() < p.fliplr:
+            image, boxes = hflip(image, boxes)
+        if rng.random() < p.flipud:
+            image, boxes = hflip(image, boxes, vertical=True)
+        if p.erase and rng.random() < p.erase:
+            image, boxes, labels = random_erase(image, boxes, labels, rng)
+        if p.noise and applied(p, rng):
+            image = noise(image, rng, p.noise)
+        if p.blur and rng.random() < p.blur:
+            image = blur(image, rng)
         return image.round_().byte(), boxes, labels
 
     return augment

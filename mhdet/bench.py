@@ -31,79 +31,118 @@ from .policy import EMA, Checkpoint, Recorder, Schedule, sgd
 # %% ../nbs/20b_bench.ipynb #cae9ec90
 def _in_turn(sides, calls, cuda=False):
     "Seconds of each call of every side, {name: (calls,)}, on CUDA between events; a first round is not counted."
+
     def mark():
-        if not cuda: return time.perf_counter()
+        if not cuda:
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
     rounds = []
     for _ in range(calls + 1):
         marks = [mark()]
-        for f in sides.values(): f(), marks.append(mark())
-        if cuda: torch.cuda.synchronize()
-        rounds.append([a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)])
+        for f in sides.values():
+            f(), marks.append(mark())
+        if cuda:
+            torch.cuda.synchronize()
+        rounds.append(
+            [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
+        )
     return dict(zip(sides, np.array(rounds[1:]).T))
+
 
 class _Alive(TorchDispatchMode):
     "Watches tensors: `peak` is the most bytes alive of those made inside. Scratch memory within a kernel is not seen."
+
     def __init__(self):
         super().__init__()
         self.peak, self.made = 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = lambda tree: (t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor))
-        out = func(*args, **kwargs or {})                                      # a view of what was there costs nothing
-        self.made |= {t.untyped_storage() for t in tensors(out)}.difference(t.untyped_storage() for t in tensors(args))
+        tensors = lambda tree: (
+            t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)
+        )
+        out = func(*args, **kwargs or {})  # a view of what was there costs nothing
+        self.made |= {t.untyped_storage() for t in tensors(out)}.difference(
+            t.untyped_storage() for t in tensors(args)
+        )
         self.peak = max(self.peak, sum(s.nbytes() for s in self.made))
         return out
 
+
 def _peak(f):
     "Most bytes that one call holds beside its inputs."
-    with _Alive() as alive: f()
+    with _Alive() as alive:
+        f()
     return alive.peak
 
 # %% ../nbs/20b_bench.ipynb #ce71616d
 ONE, FOUR = ([list(range(80))], [[0], *(list(range(h, 80, 3)) for h in (1, 2, 3))])
 
+
 def _maps(channels, batch, imgsz, device):
     "Random maps, one a level, channels last."
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, c, imgsz // s, imgsz // s, generator=g).to(device, memory_format=torch.channels_last)
-            for c, s in zip(channels, (8, 16, 32))]
+    return [
+        torch.randn(batch, c, imgsz // s, imgsz // s, generator=g).to(
+            device, memory_format=torch.channels_last
+        )
+        for c, s in zip(channels, (8, 16, 32))
+    ]
+
 
 def _objects(batch, boxes, device):
     "Random targets, (batch * boxes, 6)."
     g = torch.Generator().manual_seed(0)
     image = torch.arange(batch).repeat_interleave(boxes)[:, None]
     kind, place, size = (torch.rand(len(image), k, generator=g) for k in (1, 2, 2))
-    return torch.cat([image, (80 * kind ** 3).floor(), place, .02 * 45 ** size], 1).to(device)
+    return torch.cat([image, (80 * kind**3).floor(), place, 0.02 * 45**size], 1).to(device)
+
 
 def _decode_sides(batch, imgsz, device):
     "Detect layer and decode, one head and four."
     maps = _maps((128, 256, 512), batch, imgsz, device)
+
     def side(classes):
-        head = MultiHead(_partition(classes), (128, 256, 512)).to(device, memory_format=torch.channels_last)
+        head = MultiHead(_partition(classes), (128, 256, 512)).to(
+            device, memory_format=torch.channels_last
+        )
         return torch.no_grad()(lambda: decode(head(maps), head))
+
     return dict(one=side(ONE), four=side(FOUR))
+
 
 def _nms_sides(batch, imgsz, device):
     "Suppression alone, one head and four, on answers that are all candidates."
+
     def side(classes):
         partition = _partition(classes)
         head = MultiHead(partition, (8, 8, 8)).to(device)
         raws = _maps([3 * head.rows] * 3, batch, imgsz, device)
         found = decode([r - 6 for r in raws], head)
         return lambda: detect(*found, head.head_of)
+
     return dict(one=side(ONE), four=side(FOUR))
+
 
 def _loss_sides(batch, imgsz, boxes, device):
     "The loss in its naive form, in ours, with four heads, by OTA: forward, and forward and backward."
     targets, forward, both = _objects(batch, boxes, device), {}, {}
-    raws = {nh: [r.requires_grad_() for r in _maps([3 * (5 * nh + 80)] * 3, batch, imgsz, device)] for nh in (1, 4)}
-    routed = {f"{assign}{nh}": RoutedLoss(_partition(heads), assign=assign)
-              for assign in ("plain", "ota") for nh, heads in ((1, ONE), (4, FOUR))}
+    raws = {
+        nh: [r.requires_grad_() for r in _maps([3 * (5 * nh + 80)] * 3, batch, imgsz, device)]
+        for nh in (1, 4)
+    }
+    routed = {
+        f"{assign}{nh}": RoutedLoss(_partition(heads), assign=assign)
+        for assign in ("plain", "ota")
+        for nh, heads in ((1, ONE), (4, FOUR))
+    }
     for name, loss in (dict(naive=naive_loss) | routed).items():
-        forward[name] = lambda loss=loss, r=raws[4 if "4" in name else 1]: (loss(r, targets)["loss"], r)
+        forward[name] = lambda loss=loss, r=raws[4 if "4" in name else 1]: (
+            loss(r, targets)["loss"],
+            r,
+        )
         both[name] = lambda once=forward[name]: torch.autograd.grad(*once())
     return forward, both
 
@@ -111,20 +150,30 @@ def _loss_sides(batch, imgsz, boxes, device):
 def _trained(width, device):
     "A single head of 80 classes, its loss, and an optimiser that leaves the weights where they are."
     model = Detector.make(_partition(ONE), width).to(device).train()
-    return model, RoutedLoss(model.head.partition).to(device), torch.optim.SGD(model.parameters(), lr=0., momentum=.9)
+    return (
+        model,
+        RoutedLoss(model.head.partition).to(device),
+        torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9),
+    )
+
 
 def _step_sides(width, batch, imgsz, device):
     "Loading, forward, loss (with its gradient), backward and update: called in turn they are training steps."
     (model, loss, optimizer), kept = _trained(width, device), {}
     images, targets = draw_pictures(batch, imgsz, 0).to(device), _objects(batch, 7, device)
+
     def price():
         cut = [r.detach().requires_grad_() for r in kept["raws"]]
         kept["grads"] = torch.autograd.grad(loss(cut, targets)["loss"], cut)
+
     data = DetDataset(toy_dataset(batch, size=imgsz), imgsz)
-    return dict(load=lambda: collate([data[i] for i in range(batch)]),
-                forward=lambda: kept.update(raws=model(to_unit(images))), loss=price,
-                backward=lambda: torch.autograd.backward(kept["raws"], kept["grads"]),
-                update=lambda: (optimizer.step(), optimizer.zero_grad()))
+    return dict(
+        load=lambda: collate([data[i] for i in range(batch)]),
+        forward=lambda: kept.update(raws=model(to_unit(images))),
+        loss=price,
+        backward=lambda: torch.autograd.backward(kept["raws"], kept["grads"]),
+        update=lambda: (optimizer.step(), optimizer.zero_grad()),
+    )
 
 # %% ../nbs/20b_bench.ipynb #cb16809e
 def _trainer_sides(width, batch, imgsz, device, folder):
@@ -132,24 +181,39 @@ def _trainer_sides(width, batch, imgsz, device, folder):
     model, loss, _ = _trained(width, device)
     images, targets = data = draw_pictures(batch, imgsz, 0), _objects(batch, 7, "cpu")
     Path(folder).mkdir(exist_ok=True)
-    keep, watch = Checkpoint(folder), [Schedule(.001), EMA(model), Recorder(JsonLog(Path(folder) / "log.jsonl"))]
-    learner = Learner(model, loss, sgd(model, .001), [data], [*watch, keep], device=str(device), precision="fp32")
+    keep, watch = (
+        Checkpoint(folder),
+        [Schedule(0.001), EMA(model), Recorder(JsonLog(Path(folder) / "log.jsonl"))],
+    )
+    learner = Learner(
+        model, loss, sgd(model, 0.001), [data], [*watch, keep], device=str(device), precision="fp32"
+    )
     learner.fit(1)
     learner.data = data
     call_hook(learner, "before_epoch")
+
     def bare():
         loss(model(to_unit(images.to(device))), targets.to(device))["loss"].backward()
         model.zero_grad()
+
     def step():
         call_hook(learner, "before_batch")
         learner.step(data, last=True)
         call_hook(learner, "after_batch")
-    return dict(bare=bare, learner=step), dict(bare=bare, learner=step, save=lambda: keep.save_last(learner))
+
+    return dict(bare=bare, learner=step), dict(
+        bare=bare, learner=step, save=lambda: keep.save_last(learner)
+    )
+
 
 def _busy(n):
     "Share of the time that a training of the built-in pictures, all mosaics from one worker, does not wait for them."
     with tempfile.TemporaryDirectory() as root:
-        run = train(load_cfg(f"data=toy:{n}", "mosaic=1", "workers=1", "epochs=3", "dev=0"), root=root, quiet=True)
+        run = train(
+            load_cfg(f"data=toy:{n}", "mosaic=1", "workers=1", "epochs=3", "dev=0"),
+            root=root,
+            quiet=True,
+        )
         return np.array([r["busy"] for r in JsonLog(run / "log.jsonl").rows()[1:]])
 
 # %% ../nbs/20b_bench.ipynb #331c389b
@@ -157,66 +221,133 @@ def _fused(model):
     "The same detector with every normalisation folded into its convolution."
     model = copy.deepcopy(model).eval()
     for m in model.modules():
-        if isinstance(m, Conv): m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), torch.nn.Identity()
+        if isinstance(m, Conv):
+            m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), torch.nn.Identity()
     return model
+
 
 def _onnx_sides(width, batch, imgsz, folder):
     "Bytes to decoded answers, four heads: torch, torch without normalisation, ONNX Runtime."
     model, pictures = Detector.make(_partition(FOUR), width).eval(), draw_pictures(batch, imgsz, 0)
     file = to_onnx(model, Path(folder) / "bench.onnx", imgsz)["path"]
-    session, fed = _opened(Path(file).read_bytes(), torch.get_num_threads()), dict(pictures=pictures.numpy())
-    def side(model): return torch.no_grad()(lambda: decode(model(to_unit(pictures)), model.head))
+    session, fed = (
+        _opened(Path(file).read_bytes(), torch.get_num_threads()),
+        dict(pictures=pictures.numpy()),
+    )
+
+    def side(model):
+        return torch.no_grad()(lambda: decode(model(to_unit(pictures)), model.head))
+
     return dict(torch=side(model), fused=side(_fused(model)), onnx=lambda: session.run(None, fed))
 
 # %% ../nbs/20b_bench.ipynb #41db78d4
 def _eval_side(n, device):
     "From pictures to detections and figures."
     partition, data = _partition([range(20)]), DetDataset(toy_dataset(n), 160)
-    model = load_foreign(draw_weights(to_foreign(Detector.make(partition, .5, True)), 0), partition).to(device)
+    model = load_foreign(
+        draw_weights(to_foreign(Detector.make(partition, 0.5, True)), 0), partition
+    ).to(device)
+
     def run():
-        dt, _ = predict(model, data, conf=.001, iou=.65, max_det=300)
+        dt, _ = predict(model, data, conf=0.001, iou=0.65, max_det=300)
         return dt, evaluate(data.records.gt, dt, partition.names, n)
+
     return dict(all=run)
 
 # %% ../nbs/20b_bench.ipynb #d3973978
 def _judge_sides(n, nc=80, each=100, objects=7):
     "The twelve figures by every engine, and 1,000 paired replicates of two like detectors, on n made-up pictures."
     rng, names = np.random.default_rng(0), [str(c) for c in range(nc)]
-    share = (1 / np.arange(1, nc + 1)) / (1 / np.arange(1, nc + 1)).sum()                          # a long tail
+    share = (1 / np.arange(1, nc + 1)) / (1 / np.arange(1, nc + 1)).sum()  # a long tail
     boxes = lambda m, wh: np.c_[low := rng.random((m, 2)) * 400, low + wh]
-    sizes = lambda m: np.exp(rng.normal(4, .8, (m, 2))).clip(4, 400)
+    sizes = lambda m: np.exp(rng.normal(4, 0.8, (m, 2))).clip(4, 400)
     m, k, wh = n * objects, n * each, sizes(n * objects)
-    gt = dict(image=np.repeat(np.arange(n), objects), label=rng.choice(nc, m, p=share), box=boxes(m, wh),
-              area=wh.prod(1), ignore=np.zeros(m, bool), crowd=rng.random(m) < .01)
+    gt = dict(
+        image=np.repeat(np.arange(n), objects),
+        label=rng.choice(nc, m, p=share),
+        box=boxes(m, wh),
+        area=wh.prod(1),
+        ignore=np.zeros(m, bool),
+        crowd=rng.random(m) < 0.01,
+    )
+
     def detector():
-        image, near = np.repeat(np.arange(n), each), rng.random(k) < .6
+        image, near = np.repeat(np.arange(n), each), rng.random(k) < 0.6
         of = image * objects + rng.integers(0, objects, k)
-        jitter = rng.normal(0, .1, (k, 4)) * np.tile(wh[of], 2)
+        jitter = rng.normal(0, 0.1, (k, 4)) * np.tile(wh[of], 2)
         box = np.where(near[:, None], gt["box"][of] + jitter, boxes(k, sizes(k)))
         box[:, 2:] = np.maximum(box[:, 2:], box[:, :2] + 1)
-        label = np.where(near & (rng.random(k) < .7), gt["label"][of], rng.choice(nc, k, p=share))
-        return dict(image=image, label=label, box=box, score=rng.beta(np.where(near, 2, 1), np.where(near, 3, 5)))
+        label = np.where(near & (rng.random(k) < 0.7), gt["label"][of], rng.choice(nc, k, p=share))
+        return dict(
+            image=image,
+            label=label,
+            box=box,
+            score=rng.beta(np.where(near, 2, 1), np.where(near, 3, 5)),
+        )
+
     a, b = detector(), detector()
     figures = {e: lambda e=e: evaluate(gt, a, names, n, "coco", engine=e)["coco"] for e in ENGINES}
-    return figures | {m: lambda m=m: paired_diff(gt, a, b, nc, n, 1000, metric=m) for m in ("AP50", "AP")}
+    return figures | {
+        m: lambda m=m: paired_diff(gt, a, b, nc, n, 1000, metric=m) for m in ("AP50", "AP")
+    }
 
 # %% ../nbs/20b_bench.ipynb #fe61798f
-LIMITS = {"plain_to_naive": .8, "plain_fb_to_naive": .6, "routed4_fb_to_plain_fb": 1.3, "ota_to_naive_plain": 2.5,
-          "ota4_to_ota1": 1.5, "decode_time_4to1": 1.2, "decode_memory_4to1": 1.25, "loss_share_of_step": None,
-          "trainer_overhead": .02, "checkpoint_overhead": .03, "loader_busy": .9, "step_images_per_s": None,
-          "eval_images_per_s": 60, "onnx_to_torch": None, "onnx_to_torch_8": None, "onnx_to_fused": None,
-          "onnx_to_fused_8": None,
-          "judge_to_pycocotools": .1, "judge_to_fast": None, "bootstrap_AP50_s": 60, "bootstrap_AP_s": 480}
+LIMITS = {
+    "plain_to_naive": 0.8,
+    "plain_fb_to_naive": 0.6,
+    "routed4_fb_to_plain_fb": 1.3,
+    "ota_to_naive_plain": 2.5,
+    "ota4_to_ota1": 1.5,
+    "decode_time_4to1": 1.2,
+    "decode_memory_4to1": 1.25,
+    "loss_share_of_step": None,
+    "trainer_overhead": 0.02,
+    "checkpoint_overhead": 0.03,
+    "loader_busy": 0.9,
+    "step_images_per_s": None,
+    "eval_images_per_s": 60,
+    "onnx_to_torch": None,
+    "onnx_to_torch_8": None,
+    "onnx_to_fused": None,
+    "onnx_to_fused_8": None,
+    "judge_to_pycocotools": 0.1,
+    "judge_to_fast": None,
+    "bootstrap_AP50_s": 60,
+    "bootstrap_AP_s": 480,
+}
 LOSS_RATIOS = (
-    ("plain_to_naive", "loss", "plain1", "naive"), ("plain_fb_to_naive", "loss_fb", "plain1", "naive"),
+    ("plain_to_naive", "loss", "plain1", "naive"),
+    ("plain_fb_to_naive", "loss_fb", "plain1", "naive"),
     ("routed4_fb_to_plain_fb", "loss_fb", "plain4", "plain1"),
-    ("ota_to_naive_plain", "loss", "ota1", "naive"), ("ota4_to_ota1", "loss", "ota4", "ota1"))
+    ("ota_to_naive_plain", "loss", "ota1", "naive"),
+    ("ota4_to_ota1", "loss", "ota4", "ota1"),
+)
 ONNX_BATCHES = {"": 1, "_8": 8}
-LIMITS_25 = LIMITS | {"ota_to_naive_plain": 3.}
-FULL = dict(decode=32, nms=4, loss=64, step=16, width=.25, trainer=(1., 16, 320), toy=1500, pictures=600, judged=5000,
-            calls=15)
-QUICK = dict(decode=4, nms=1, loss=8, step=4, width=.125, trainer=(.125, 2, 64), toy=40, pictures=32, judged=60,
-             calls=3)
+LIMITS_25 = LIMITS | {"ota_to_naive_plain": 3.0}
+FULL = dict(
+    decode=32,
+    nms=4,
+    loss=64,
+    step=16,
+    width=0.25,
+    trainer=(1.0, 16, 320),
+    toy=1500,
+    pictures=600,
+    judged=5000,
+    calls=15,
+)
+QUICK = dict(
+    decode=4,
+    nms=1,
+    loss=8,
+    step=4,
+    width=0.125,
+    trainer=(0.125, 2, 64),
+    toy=40,
+    pictures=32,
+    judged=60,
+    calls=3,
+)
 
 # %% ../nbs/20b_bench.ipynb #9f939640
 def bench(device="cpu", quick=False, imgsz=320):
@@ -245,39 +376,82 @@ def bench(device="cpu", quick=False, imgsz=320):
     ----------
     own
     """
-    if imgsz % 32: raise ValueError(f"imgsz={imgsz}: a multiple of 32 is due")
+    if imgsz % 32:
+        raise ValueError(f"imgsz={imgsz}: a multiple of 32 is due")
     n, place = QUICK if quick else FULL, make_accelerator(device, "fp32").device
     cuda, heads = place.type == "cuda", _decode_sides(n["decode"], imgsz, place)
     peak = {k: _peak(f) for k, f in heads.items()}
-    (loss, loss_fb), (loss_25, loss_fb_25) = (_loss_sides(n["loss"], imgsz, boxes, place) for boxes in (7, 25))
-    peak |= {f"loss/{k}": _peak(f) for k, f in loss.items()} | {f"loss_25/{k}": _peak(f) for k, f in loss_25.items()}
-    parts = dict(decode=heads, nms=_nms_sides(n["nms"], imgsz, place), loss=loss, loss_fb=loss_fb,
-                 loss_25=loss_25, loss_fb_25=loss_fb_25, step=_step_sides(n["width"], n["step"], imgsz, place),
-                 eval=_eval_side(n["pictures"], place), judge=_judge_sides(n["judged"]))
-    s = {k: _in_turn(sides, dict(eval=3, judge=1).get(k, n["calls"]), cuda) for k, sides in parts.items()}
-    with tempfile.TemporaryDirectory() as folder:                          # last: it stirs the memory up
-        for tail, batch in ONNX_BATCHES.items() if not cuda and importlib.util.find_spec("onnxruntime") else ():
-            s["onnx" + tail] = _in_turn(_onnx_sides(n["trainer"][0], batch, imgsz, folder), n["calls"])
+    (loss, loss_fb), (loss_25, loss_fb_25) = (
+        _loss_sides(n["loss"], imgsz, boxes, place) for boxes in (7, 25)
+    )
+    peak |= {f"loss/{k}": _peak(f) for k, f in loss.items()} | {
+        f"loss_25/{k}": _peak(f) for k, f in loss_25.items()
+    }
+    parts = dict(
+        decode=heads,
+        nms=_nms_sides(n["nms"], imgsz, place),
+        loss=loss,
+        loss_fb=loss_fb,
+        loss_25=loss_25,
+        loss_fb_25=loss_fb_25,
+        step=_step_sides(n["width"], n["step"], imgsz, place),
+        eval=_eval_side(n["pictures"], place),
+        judge=_judge_sides(n["judged"]),
+    )
+    s = {
+        k: _in_turn(sides, dict(eval=3, judge=1).get(k, n["calls"]), cuda)
+        for k, sides in parts.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:  # last: it stirs the memory up
+        for tail, batch in (
+            ONNX_BATCHES.items() if not cuda and importlib.util.find_spec("onnxruntime") else ()
+        ):
+            s["onnx" + tail] = _in_turn(
+                _onnx_sides(n["trainer"][0], batch, imgsz, folder), n["calls"]
+            )
         s["trainer"] = _in_turn(_trainer_sides(*n["trainer"], place, folder)[0], n["calls"], cuda)
-        s["toy"] = _in_turn(_trainer_sides(.25, 16, 128, place, f"{folder}/toy")[1], n["calls"], cuda)
+        s["toy"] = _in_turn(
+            _trainer_sides(0.25, 16, 128, place, f"{folder}/toy")[1], n["calls"], cuda
+        )
     step = sum(s["step"].values())
     many = dict(
-        decode_time_4to1=s["decode"]["four"] / s["decode"]["one"], decode_memory_4to1=peak["four"] / peak["one"],
-        loss_share_of_step=s["step"]["loss"] / step, step_images_per_s=n["step"] / step,
-        trainer_overhead=1 - s["trainer"]["bare"] / s["trainer"]["learner"], loader_busy=_busy(n["toy"]),
+        decode_time_4to1=s["decode"]["four"] / s["decode"]["one"],
+        decode_memory_4to1=peak["four"] / peak["one"],
+        loss_share_of_step=s["step"]["loss"] / step,
+        step_images_per_s=n["step"] / step,
+        trainer_overhead=1 - s["trainer"]["bare"] / s["trainer"]["learner"],
+        loader_busy=_busy(n["toy"]),
         checkpoint_overhead=s["toy"]["save"] / (50 * s["toy"]["learner"]),
         eval_images_per_s=n["pictures"] / s["eval"]["all"],
-        bootstrap_AP50_s=s["judge"]["AP50"], bootstrap_AP_s=s["judge"]["AP"],
-        **{f"judge_to_{e}": s["judge"]["own"] / s["judge"][e] for e in ("pycocotools", "fast")})
-    many |= {f"onnx_to_{b}{t}": s["onnx" + t]["onnx"] / s["onnx" + t][b]
-             for b in ("torch", "fused") for t in ONNX_BATCHES if "onnx" + t in s}
+        bootstrap_AP50_s=s["judge"]["AP50"],
+        bootstrap_AP_s=s["judge"]["AP"],
+        **{f"judge_to_{e}": s["judge"]["own"] / s["judge"][e] for e in ("pycocotools", "fast")},
+    )
+    many |= {
+        f"onnx_to_{b}{t}": s["onnx" + t]["onnx"] / s["onnx" + t][b]
+        for b in ("torch", "fused")
+        for t in ONNX_BATCHES
+        if "onnx" + t in s
+    }
     for name, part, a, b in LOSS_RATIOS:
         many |= {name + tail: s[part + tail][a] / s[part + tail][b] for tail in ("", "_25")}
-    return dict.fromkeys(LIMITS) | {k: float(np.median(v)) for k, v in many.items()} | dict(
-        spread={k: np.percentile(v, [25, 75]).tolist() for k, v in many.items()},
-        ms={f"{k}/{side}": 1e3 * float(np.median(v)) for k, sides in s.items() for side, v in sides.items()},
-        mb={k: v / 1e6 for k, v in peak.items()}, imgsz=imgsz, sizes=n,
-        device=torch.cuda.get_device_name() if cuda else "cpu", threads=torch.get_num_threads())
+    return (
+        dict.fromkeys(LIMITS)
+        | {k: float(np.median(v)) for k, v in many.items()}
+        | dict(
+            spread={k: np.percentile(v, [25, 75]).tolist() for k, v in many.items()},
+            ms={
+                f"{k}/{side}": 1e3 * float(np.median(v))
+                for k, sides in s.items()
+                for side, v in sides.items()
+            },
+            mb={k: v / 1e6 for k, v in peak.items()},
+            imgsz=imgsz,
+            sizes=n,
+            device=torch.cuda.get_device_name() if cuda else "cpu",
+            threads=torch.get_num_threads(),
+        )
+    )
 
 # %% ../nbs/20b_bench.ipynb #2bc7d347
 def bench_table(found):
@@ -307,6 +481,12 @@ def bench_table(found):
     for name, (low, high) in ({k: (None, None) for k in LIMITS} | found["spread"]).items():
         limits = LIMITS_25 if name.endswith("_25") else LIMITS
         value, limit = found[name], limits.get(name.removesuffix("_25"))
-        ok = None if None in (value, limit) else value >= limit if name.endswith(("per_s", "busy")) else value <= limit
+        ok = (
+            None
+            if None in (value, limit)
+            else value >= limit
+            if name.endswith(("per_s", "busy"))
+            else value <= limit
+        )
         rows.append(dict(name=name, median=value, low=low, high=high, limit=limit, ok=ok))
     return pd.DataFrame(rows).set_index("name")

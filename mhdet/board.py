@@ -18,7 +18,16 @@ from .core import HEAD_COLORS, load_cfg
 from .data import open_data
 from .metrics import SIZES, confusion
 from .results import plot_confusion, plot_suspect, read_confusion, read_results
-from .partition import STANDARD, anti_confusion, card, card_text, confused_pairs, geometry, hybrid, load_heads
+from mhdet.partition import (
+    STANDARD,
+    anti_confusion,
+    card,
+    card_text,
+    confused_pairs,
+    geometry,
+    hybrid,
+    load_heads,
+)
 from .partition import optimal, plot_balance, random_heads, save_heads, standard, together
 from .browse import as_records, box_table, plot_sample
 from .experiment import find_run, load_runs, plot_runs
@@ -26,38 +35,67 @@ from .experiment import find_run, load_runs, plot_runs
 # %% ../nbs/19_board.ipynb #efd8d248
 def _axes(rows, columns, width, height, **more):
     "Axes of a white figure, inches, that is not pyplot's: nothing else may show or close it."
-    return Figure(figsize=(width, height), facecolor="w", layout="constrained").subplots(rows, columns, **more)
+    return Figure(figsize=(width, height), facecolor="w", layout="constrained").subplots(
+        rows, columns, **more
+    )
+
 
 def _webp(axes):
     file = io.BytesIO()
     np.ravel(axes)[0].figure.savefig(file, dpi=80, format="webp", pil_kwargs=dict(quality=80))
     return file.getvalue()
 
-def _pre(words): return f"<pre>{html.escape(words, quote=False)}</pre>"
 
-def _image(): return widgets.Image(format="webp", layout=dict(object_fit="contain", min_width="0", max_width="100%"))
+def _pre(words):
+    return f"<pre>{html.escape(words, quote=False)}</pre>"
 
-def _left(*dials): return widgets.VBox(dials, layout=dict(flex="0 0 310px"))
+
+def _image():
+    return widgets.Image(
+        format="webp", layout=dict(object_fit="contain", min_width="0", max_width="100%")
+    )
+
+
+def _left(*dials):
+    return widgets.VBox(dials, layout=dict(flex="0 0 310px"))
+
 
 def _dropdown(description, options, width=300):
-    return widgets.Dropdown(description=description, options=options, style=dict(description_width="initial"),
-                            layout=dict(width=f"{width}px", margin="2px 12px 2px 0"))
+    return widgets.Dropdown(
+        description=description,
+        options=options,
+        style=dict(description_width="initial"),
+        layout=dict(width=f"{width}px", margin="2px 12px 2px 0"),
+    )
 
 # %% ../nbs/19_board.ipynb #c5311612
 def _strategies(names, counts, confusion, stats, groups):
     "Name -> function of the dials, of the strategies that can be had with what is given."
     share = lambda d: 1 / d["heads"]
     pairs = confused_pairs(confusion, names, len(names))
-    out = {"anti-confusion": lambda d: anti_confusion(names, pairs, counts, d["heads"], share=share(d)),
-           "optimal": lambda d: optimal(names, counts, d["heads"], confusion, share=share(d), imbalance=d["imbalance"],
-                                        time_limit=5),
-           "together": lambda d: together(names, confusion, d["heads"]),
-           "random": lambda d: random_heads(names, d["heads"], 0, counts)}
+    out = {
+        "anti-confusion": lambda d: anti_confusion(
+            names, pairs, counts, d["heads"], share=share(d)
+        ),
+        "optimal": lambda d: optimal(
+            names,
+            counts,
+            d["heads"],
+            confusion,
+            share=share(d),
+            imbalance=d["imbalance"],
+            time_limit=5,
+        ),
+        "together": lambda d: together(names, confusion, d["heads"]),
+        "random": lambda d: random_heads(names, d["heads"], 0, counts),
+    }
     if stats:
         out["geometry"] = lambda d: geometry(names, stats.log_ratio, d["heads"])
         out["hybrid"] = lambda d: hybrid(names, stats, d["heads"], d["alpha"])
-    if groups: out["standard"] = lambda d: standard(names, groups)
+    if groups:
+        out["standard"] = lambda d: standard(names, groups)
     return out
+
 
 def _picture(partition, counts, confusion):
     "The matrix in order of the heads, and the balance."
@@ -66,15 +104,25 @@ def _picture(partition, counts, confusion):
     plot_balance(partition, counts, axes[1])
     return _webp(axes)
 
+
 def _dials(names, known, out):
     "Strategy, the dials by their names, file name, button."
-    wide, most = dict(continuous_update=False, style=dict(description_width="90px")), min(12, len(names))
-    return (widgets.Dropdown(options=list(known), description="strategy", style=wide["style"]),
-            dict(heads=widgets.IntSlider(min(4, most), 1, most, description="heads", **wide),
-                 imbalance=widgets.FloatSlider(1.5, min=1, max=4, step=.05, description="imbalance", **wide),
-                 alpha=widgets.FloatSlider(.5, min=0, max=1, step=.05, description="alpha", **wide)),
-            widgets.Text(value=str(out), description="head file", style=wide["style"]),
-            widgets.Button(description="save head file", icon="save"))
+    wide, most = (
+        dict(continuous_update=False, style=dict(description_width="90px")),
+        min(12, len(names)),
+    )
+    return (
+        widgets.Dropdown(options=list(known), description="strategy", style=wide["style"]),
+        dict(
+            heads=widgets.IntSlider(min(4, most), 1, most, description="heads", **wide),
+            imbalance=widgets.FloatSlider(
+                1.5, min=1, max=4, step=0.05, description="imbalance", **wide
+            ),
+            alpha=widgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="alpha", **wide),
+        ),
+        widgets.Text(value=str(out), description="head file", style=wide["style"]),
+        widgets.Button(description="save head file", icon="save"),
+    )
 
 # %% ../nbs/19_board.ipynb #9174cee9
 def partition_board(names, counts, confusion, stats=None, groups=None, out="heads.yaml"):
@@ -108,65 +156,116 @@ def partition_board(names, counts, confusion, stats=None, groups=None, out="head
     ----------
     own
     """
-    groups = groups or (STANDARD if set(names) == {c for _, g in STANDARD.values() for c in g} else None)
+    groups = groups or (
+        STANDARD if set(names) == {c for _, g in STANDARD.values() for c in g} else None
+    )
     known = _strategies(names, counts, confusion, stats, groups)
     strategy, dials, where, button = _dials(names, known, out)
     said = widgets.HTML()
     picture, text = _image(), widgets.HTML()
-    board = widgets.VBox([widgets.HBox([_left(strategy, *dials.values(), where, button, said), picture]), text])
+    board = widgets.VBox(
+        [widgets.HBox([_left(strategy, *dials.values(), where, button, said), picture]), text]
+    )
+
     def draw(_=None):
-        unused = {"heads": ["standard"], "imbalance": known.keys() - {"optimal"}, "alpha": known.keys() - {"hybrid"}}
-        for name, dial in dials.items(): dial.disabled = strategy.value in unused[name]
-        try: board.partition = made = known[strategy.value]({k: d.value for k, d in dials.items()})
-        except ValueError as e: text.value = _pre(e.args[0])
+        unused = {
+            "heads": ["standard"],
+            "imbalance": known.keys() - {"optimal"},
+            "alpha": known.keys() - {"hybrid"},
+        }
+        for name, dial in dials.items():
+            dial.disabled = strategy.value in unused[name]
+        try:
+            board.partition = made = known[strategy.value]({k: d.value for k, d in dials.items()})
+        except ValueError as e:
+            text.value = _pre(e.args[0])
         else:
             facts = card(made, counts, confusion, confused_pairs(confusion, names, len(names)))
-            picture.value, text.value = _picture(made, counts, confusion), _pre(card_text(made, facts))
+            picture.value, text.value = (
+                _picture(made, counts, confusion),
+                _pre(card_text(made, facts)),
+            )
+
     def keep(_):
-        try: save_heads(where.value, board.partition)
-        except OSError as e: said.value = _pre(f"not saved: {e.strerror or e}")
-        else: said.value = _pre(f"saved {where.value}")
-    for dial in (strategy, *dials.values()): dial.observe(draw, "value")
+        try:
+            save_heads(where.value, board.partition)
+        except OSError as e:
+            said.value = _pre(f"not saved: {e.strerror or e}")
+        else:
+            said.value = _pre(f"saved {where.value}")
+
+    for dial in (strategy, *dials.values()):
+        dial.observe(draw, "value")
     button.on_click(keep)
     card(random_heads(names, 1, 0), counts, confusion), draw()
     return board
 
 # %% ../nbs/19_board.ipynb #6030aaa5
-KIND_WORDS = dict(Cls="wrong class", Loc="badly placed", Both="wrong and badly placed", Dupe="found twice",
-                  Bkg="nothing there", Miss="missed", mislabelled="suspect: mislabelled", missing="suspect: missing")
+KIND_WORDS = dict(
+    Cls="wrong class",
+    Loc="badly placed",
+    Both="wrong and badly placed",
+    Dupe="found twice",
+    Bkg="nothing there",
+    Miss="missed",
+    mislabelled="suspect: mislabelled",
+    missing="suspect: missing",
+)
+
 
 def _filters(table, names):
     "What can be asked of the table, as dropdowns; an empty value asks for nothing."
-    n, classes = table["kind"].value_counts(), [("any", ""), *((name, c) for c, name in enumerate(names))]
+    n, classes = (
+        table["kind"].value_counts(),
+        [("any", ""), *((name, c) for c, name in enumerate(names))],
+    )
     kinds = [(f"{words} ({n[k]:,})", k) for k, words in KIND_WORDS.items() if k in n]
-    sizes, cells = [("any", ""), *((s, s) for s in SIZES if s)], [*classes, ("background", len(names))]
+    sizes, cells = (
+        [("any", ""), *((s, s) for s in SIZES if s)],
+        [*classes, ("background", len(names))],
+    )
     out = dict(label=_dropdown("class", classes, 165), size=_dropdown("size", sizes, 125))
-    if kinds: out["kind"] = _dropdown("only", [("everything", ""), *kinds], 250)
+    if kinds:
+        out["kind"] = _dropdown("only", [("everything", ""), *kinds], 250)
     if (table["seen"] >= 0).any():
         out |= dict(truth=_dropdown("truth", cells, 165), seen=_dropdown("taken for", cells, 195))
     return out
 
+
 def _fits(table, asked):
     "Rows that are asked for, as a Series."
     same = [table[k] == v for k, v in asked.items() if k != "size" and v != ""]
-    return pd.Series(np.logical_and.reduce([table["area"].between(*SIZES[asked["size"]]), *same]), table.index)
+    return pd.Series(
+        np.logical_and.reduce([table["area"].between(*SIZES[asked["size"]]), *same]), table.index
+    )
+
 
 def _sample(records, i, partition, answers, fits, suspect):
     "Picture i as bytes; with the suspect, where one is asked for."
     n, (w, h) = 1 + len(answers) + bool(suspect), records.sizes[i]
     width = min(12, 5 * n)
-    axes = np.ravel(_axes(1, n, width, min(width / n * h / w, 7) + .6))
+    axes = np.ravel(_axes(1, n, width, min(width / n * h / w, 7) + 0.6))
     plot_sample(records, i, partition, answers, fits, axes)
-    if suspect: plot_suspect(records.picture(i), suspect, records.names, axes[-1])
+    if suspect:
+        plot_suspect(records.picture(i), suspect, records.names, axes[-1])
     return _webp(axes)
+
 
 def _slider():
     "A slider over pictures, previous, next, and room for words."
-    at = widgets.IntSlider(1, 1, 1, description="picture", continuous_update=False, layout=dict(width="400px"))
-    steps = [widgets.Button(icon=f"arrow-{way}", tooltip=words, layout=dict(width="40px"))
-             for way, words in (("left", "previous"), ("right", "next"))]
-    def step(by): at.value = min(max(at.value + by, 1), at.max)
-    for button, by in zip(steps, (-1, 1)): button.on_click(lambda _, by=by: step(by))
+    at = widgets.IntSlider(
+        1, 1, 1, description="picture", continuous_update=False, layout=dict(width="400px")
+    )
+    steps = [
+        widgets.Button(icon=f"arrow-{way}", tooltip=words, layout=dict(width="40px"))
+        for way, words in (("left", "previous"), ("right", "next"))
+    ]
+
+    def step(by):
+        at.value = min(max(at.value + by, 1), at.max)
+
+    for button, by in zip(steps, (-1, 1)):
+        button.on_click(lambda _, by=by: step(by))
     return at, *steps, widgets.HTML(layout=dict(margin="0 0 0 12px"))
 
 # %% ../nbs/19_board.ipynb #ac162977
@@ -175,42 +274,58 @@ def _browser(records, partition, answers, table, suspects=()):
     lead = np.isin(table.index.get_level_values(0), ["annotated", *list(answers)[:1], "suspects"])
     dials, (at, back, forth, text) = _filters(table[lead], records.names), _slider()
     picture = _image()
-    top = widgets.HBox([*dials.values()], layout=dict(flex_flow="row wrap")), widgets.HBox([back, at, forth, text])
+    top = (
+        widgets.HBox([*dials.values()], layout=dict(flex_flow="row wrap")),
+        widgets.HBox([back, at, forth, text]),
+    )
     board = widgets.VBox([*top, picture])
+
     def draw(_=None):
         board.shown, picture.layout.display, text.value = None, "none", "no picture has such a box"
-        if not len(board.pictures): return
+        if not len(board.pictures):
+            return
         board.shown = i = int(board.pictures[at.value - 1])
         size = " x ".join(map(str, records.sizes[i]))
         text.value = f"{at.value:,} of {len(board.pictures):,}: {html.escape(str(records.ids[i]))}, {size} px"
         listed = suspects if board.asked.get("kind") in ("mislabelled", "missing") else ()
-        suspect = next((s for k, s in enumerate(listed) if board.fits["suspects", k] and s["image"] == i), None)
-        try: picture.value = _sample(records, i, partition, answers, board.fits, suspect)
-        except Exception as e: text.value += f"<br>cannot be shown: {html.escape(str(e))}"    # decoders raise all sorts
-        else: picture.layout.display = None
+        suspect = next(
+            (s for k, s in enumerate(listed) if board.fits["suspects", k] and s["image"] == i), None
+        )
+        try:
+            picture.value = _sample(records, i, partition, answers, board.fits, suspect)
+        except Exception as e:
+            text.value += f"<br>cannot be shown: {html.escape(str(e))}"  # decoders raise all sorts
+        else:
+            picture.layout.display = None
+
     def choose(_=None):
         board.asked = {k: d.value for k, d in dials.items()}
         board.fits = _fits(table, board.asked)
         every = set(board.asked.values()) == {""}
-        board.pictures = np.arange(len(records)) if every else np.unique(table["image"][board.fits & lead])
+        board.pictures = (
+            np.arange(len(records)) if every else np.unique(table["image"][board.fits & lead])
+        )
         at.unobserve(draw, "value")
         at.max, at.value = max(1, len(board.pictures)), 1
         at.observe(draw, "value")
         draw()
+
     def ask(**wanted):
         for k, d in dials.items():
             d.unobserve(choose, "value")
             d.value = wanted.get(k, "")
             d.observe(choose, "value")
         choose()
+
     board.dials, board.ask, board.text = dials | dict(picture=at, back=back, forth=forth), ask, text
     at.observe(draw, "value")
-    for d in dials.values(): d.observe(choose, "value")
+    for d in dials.values():
+        d.observe(choose, "value")
     ask()
     return board
 
 # %% ../nbs/19_board.ipynb #1c8b895a
-def sample_board(data, partition=None, detections=None, suspects=(), conf=.25):
+def sample_board(data, partition=None, detections=None, suspects=(), conf=0.25):
     """Browse pictures: filter by class, size, mistake, confusion cell, suspicion; a slider, previous and next.
 
     Parameters
@@ -241,15 +356,20 @@ def sample_board(data, partition=None, detections=None, suspects=(), conf=.25):
     own
     """
     records = as_records(data, partition and partition.names)
-    if not len(records): raise ValueError("no pictures")
-    if partition and partition.names != records.names: raise ValueError("the heads are for other classes than the data")
+    if not len(records):
+        raise ValueError("no pictures")
+    if partition and partition.names != records.names:
+        raise ValueError("the heads are for other classes than the data")
     given = detections or {}
     answers = _sure({"detected": given} if "box" in given else given, conf)
     return _browser(records, partition, answers, box_table(records, answers, suspects), suspects)
 
+
 def _sure(answers, conf):
     "Detections with at least this score."
-    return {name: {k: v[dt["score"] >= conf] for k, v in dt.items()} for name, dt in answers.items()}
+    return {
+        name: {k: v[dt["score"] >= conf] for k, v in dt.items()} for name, dt in answers.items()
+    }
 
 # %% ../nbs/19_board.ipynb #40ff07c6
 def _listed(matrix, k=40):
@@ -257,6 +377,7 @@ def _listed(matrix, k=40):
     off = np.where(np.eye(len(matrix)), 0, matrix)
     i, j = np.unravel_index(np.argsort(-off, None, "stable")[:k], off.shape)
     return [(a, b) for a, b in zip(i.tolist(), j.tolist()) if off[a, b]]
+
 
 def _label(name, color, way="horizontal-tb"):
     side = "right" if way == "horizontal-tb" else "bottom"
@@ -266,30 +387,63 @@ def _label(name, color, way="horizontal-tb"):
 # %% ../nbs/19_board.ipynb #db38aef4
 def _cells(matrix, partition, click):
     "(truth, prediction) -> button, and a box of them: the matrix; of over 20 classes the most frequent confusions."
-    names, head, small = [*partition.names, "background"], [*partition.head_of.tolist(), -1], partition.nc <= 20
+    names, head, small = (
+        [*partition.names, "background"],
+        [*partition.head_of.tolist(), -1],
+        partition.nc <= 20,
+    )
     colors = [HEAD_COLORS[h % 8] for h in range(partition.nh)] + ["transparent"]
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    size = dict(width="34px" if small else "330px", height="24px", padding="0", margin="0", flex="0 0 auto")
+    size = dict(
+        width="34px" if small else "330px", height="24px", padding="0", margin="0", flex="0 0 auto"
+    )
     frame = [widgets.Layout(**size, border=f"1px solid {c}") for c in colors]
-    shade = [widgets.ButtonStyle(button_color=f"rgb({g},{g},{g})", text_color="black" if g > 140 else "white",
-                                 font_size="11px") for g in range(255, 54, -20)]
+    shade = [
+        widgets.ButtonStyle(
+            button_color=f"rgb({g},{g},{g})",
+            text_color="black" if g > 140 else "white",
+            font_size="11px",
+        )
+        for g in range(255, 54, -20)
+    ]
     block = lambda i, j: head[i] if head[i] == head[j] else -1
+
     def button(i, j):
         words = f"{names[i]} taken for {names[j]}: {matrix[i, j]:,} ({share[i, j]:.0%})"
-        out = widgets.Button(description=f"{matrix[i, j]}" if small else words, tooltip=words,
-                             style=shade[round(10 * share[i, j])], layout=frame[block(i, j)])
+        out = widgets.Button(
+            description=f"{matrix[i, j]}" if small else words,
+            tooltip=words,
+            style=shade[round(10 * share[i, j])],
+            layout=frame[block(i, j)],
+        )
         out.on_click(lambda _: click(i, j))
         return out
+
     order = [*np.argsort(partition.head_of, kind="stable").tolist(), partition.nc]
     some = [(i, j) for i in order for j in order if matrix[i, j]] if small else _listed(matrix)
     cells = {ij: button(*ij) for ij in some}
-    blank = [widgets.Button(style=dict(button_color="transparent"), layout=f) for f in frame]    # stands in many places
-    if not small: return cells, widgets.VBox([*cells.values()], layout=dict(max_height="400px", overflow="auto"))
+    blank = [
+        widgets.Button(style=dict(button_color="transparent"), layout=f) for f in frame
+    ]  # stands in many places
+    if not small:
+        return cells, widgets.VBox(
+            [*cells.values()], layout=dict(max_height="400px", overflow="auto")
+        )
     label = lambda i, *way: _label(names[i], colors[head[i]], *way)
-    rows = [w for i in order for w in (label(i), *(cells.get((i, j), blank[block(i, j)]) for j in order))]
+    rows = [
+        w
+        for i in order
+        for w in (label(i), *(cells.get((i, j), blank[block(i, j)]) for j in order))
+    ]
     top = [_label("truth, taken for", "transparent"), *(label(j, "vertical-rl") for j in order)]
-    return cells, widgets.GridBox(top + rows, layout=dict(
-        grid_template_columns=f"max-content repeat({len(order)}, 34px)", grid_gap="1px", align_items="flex-end"))
+    return cells, widgets.GridBox(
+        top + rows,
+        layout=dict(
+            grid_template_columns=f"max-content repeat({len(order)}, 34px)",
+            grid_gap="1px",
+            align_items="flex-end",
+        ),
+    )
 
 # %% ../nbs/19_board.ipynb #b80de551
 def _answers_of(run, root, records, conf):
@@ -299,35 +453,49 @@ def _answers_of(run, root, records, conf):
         raise FileNotFoundError(f"{run}: no detections.json; mhdet eval {run} writes it")
     partition = load_heads(folder / "heads.yaml", records.names)
     dt = read_results(folder / "detections.json", records.ids, records.classes.ids)
-    there = np.bincount(records.gt["label"][~(records.gt["ignore"] | records.gt["crowd"])], minlength=partition.nc)
+    there = np.bincount(
+        records.gt["label"][~(records.gt["ignore"] | records.gt["crowd"])], minlength=partition.nc
+    )
     if (read_confusion(folder / "confusion.csv")[0][:-1].sum(1) != there).any():
-        raise ValueError(f"{run}: its detections are of other pictures than these; mhdet eval {run} writes them anew")
+        raise ValueError(
+            f"{run}: its detections are of other pictures than these; mhdet eval {run} writes them anew"
+        )
     return partition, _sure({run: dt}, conf)[run]
+
 
 def _curves(root, runs, term, nh):
     "A term of the loss and AP against the epoch; below, the term for every head where there are several; as bytes."
-    folders = {run: find_run(run, root)[0] for run in sorted(runs, key=lambda run: nh[run] == 1)}    # colours by place
+    folders = {
+        run: find_run(run, root)[0] for run in sorted(runs, key=lambda run: nh[run] == 1)
+    }  # colours by place
     several = {run: folder for run, folder in folders.items() if nh[run] > 1}
     n = max((nh[run] for run in several), default=0)
     axes = np.ravel(_axes(high := 1 + -(-n // 4), 4, 10, 2 * high))
     plot_runs(folders, (term, "AP", "AP50"), axes[:3])[0].set_title(f"{term} loss, all classes")
-    if n: plot_runs(several, [f"h{h}/{term}" for h in range(n)], axes[4:4 + n])
+    if n:
+        plot_runs(several, [f"h{h}/{term}" for h in range(n)], axes[4 : 4 + n])
     for ax in axes:
         ax.locator_params("x", integer=True)
         ax.set_ylim(0)
-        if ax.get_legend(): ax.get_legend().remove()
-        if not ax.lines: ax.set_axis_off()
-    axes[3].legend(*axes[0].get_legend_handles_labels(), loc="upper left", title="train solid, dev dashed")
+        if ax.get_legend():
+            ax.get_legend().remove()
+        if not ax.lines:
+            ax.set_axis_off()
+    axes[3].legend(
+        *axes[0].get_legend_handles_labels(), loc="upper left", title="train solid, dev dashed"
+    )
     return _webp(axes)
+
 
 def _opened(root, data, split):
     "The table of runs, and the pictures they are about."
-    if not len(table := load_runs(root)): raise FileNotFoundError(f"{root}: no run; mhdet train makes one")
+    if not len(table := load_runs(root)):
+        raise FileNotFoundError(f"{root}: no run; mhdet train makes one")
     cfg = load_cfg(find_run(table["run"][0], root)[0] / "config.yaml").data
     return table.set_index("run"), as_records(data or open_data(cfg.data, split, cfg.dev)[split])
 
 # %% ../nbs/19_board.ipynb #549e955e
-def runs_board(root="runs", data=None, split="val", conf=.25):
+def runs_board(root="runs", data=None, split="val", conf=0.25):
     """Runs side by side: curves, losses of every head, confusion in order of the heads, and the pictures behind a cell.
 
     Parameters
@@ -359,40 +527,66 @@ def runs_board(root="runs", data=None, split="val", conf=.25):
     """
     table, records = _opened(root, data, split)
     label = [(f"{r.best:.3f}  {r.Index}  ({r.state})", r.Index) for r in table.itertuples()]
-    runs = widgets.SelectMultiple(options=label, value=list(table.index[:2]), rows=min(12, len(label) + 1))
-    term, first, second = (_dropdown(*v) for v in (("loss", ["obj", "box", "cls"]), ("run", []), ("beside", [])))
+    runs = widgets.SelectMultiple(
+        options=label, value=list(table.index[:2]), rows=min(12, len(label) + 1)
+    )
+    term, first, second = (
+        _dropdown(*v) for v in (("loss", ["obj", "box", "cls"]), ("run", []), ("beside", []))
+    )
     curves, no_curves, text, below = _image(), widgets.HTML(), widgets.HTML(), widgets.VBox()
     right = widgets.VBox([curves, no_curves], layout=dict(min_width="0"))
     board = widgets.VBox([widgets.HBox([_left(runs, term, first, second, text), right]), below])
+
     @cache
     def judged(run):
         partition, dt = _answers_of(run, root, records, conf)
         return partition, dt, box_table(records, {run: dt})
+
     def draw(_=None):
         no_curves.value = ""
-        try: curves.value = _curves(root, runs.value, term.value, table["nh"])
-        except FileNotFoundError as e: no_curves.value = _pre(e.args[0])
+        try:
+            curves.value = _curves(root, runs.value, term.value, table["nh"])
+        except FileNotFoundError as e:
+            no_curves.value = _pre(e.args[0])
+
     def show(_=None):
         found, text.value, board.matrix, board.cells, grid = {}, "", None, {}, []
         for run in dict.fromkeys(r for r in (first.value, second.value) if r):
-            try: found[run] = judged(run)
-            except (OSError, ValueError) as e: text.value += _pre(str(e))
+            try:
+                found[run] = judged(run)
+            except (OSError, ValueError) as e:
+                text.value += _pre(str(e))
         partition, parts = None, [box_table(records)]
         if found:
             (lead, (partition, dt, head)), *others = found.items()
             parts = [head, *(rows.loc[[run]] for run, (*_, rows) in others)]
             board.matrix = confusion(records.gt, dt, partition.nc, len(records), conf)
-            board.cells, cells = _cells(board.matrix, partition, lambda i, j: board.samples.ask(truth=i, seen=j))
-            grid = [widgets.HTML(f"<b>{html.escape(lead)}</b>: what was taken for what; press a number"), cells]
-        board.samples = _browser(records, partition, {run: dt for run, (_, dt, _) in found.items()}, pd.concat(parts))
+            board.cells, cells = _cells(
+                board.matrix, partition, lambda i, j: board.samples.ask(truth=i, seen=j)
+            )
+            grid = [
+                widgets.HTML(
+                    f"<b>{html.escape(lead)}</b>: what was taken for what; press a number"
+                ),
+                cells,
+            ]
+        board.samples = _browser(
+            records, partition, {run: dt for run, (_, dt, _) in found.items()}, pd.concat(parts)
+        )
         below.children = [*grid, board.samples]
+
     def choose(_=None):
-        for d in (first, second): d.unobserve(show, "value")
+        for d in (first, second):
+            d.unobserve(show, "value")
         first.options, second.options = runs.value, [("nothing", ""), *((r, r) for r in runs.value)]
         second.value = runs.value[1] if len(runs.value) > 1 else ""
-        for d in (first, second): d.observe(show, "value")
-        if runs.value: draw(), show()
-    for dial, turn in ((runs, choose), (term, draw), (first, show), (second, show)): dial.observe(turn, "value")
+        for d in (first, second):
+            d.observe(show, "value")
+        if runs.value:
+            draw(), show()
+
+    for dial, turn in ((runs, choose), (term, draw), (first, show), (second, show)):
+        dial.observe(turn, "value")
     board.dials, board.text = dict(runs=runs, term=term, first=first, second=second), text
     choose()
     return board

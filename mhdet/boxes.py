@@ -36,8 +36,10 @@ def four(boxes, name="boxes"):
     ----------
     own
     """
-    if boxes.shape[-1] != 4: raise ValueError(f"{name}: a box is 4 numbers, got shape {tuple(boxes.shape)}")
+    if boxes.shape[-1] != 4:
+        raise ValueError(f"{name}: a box is 4 numbers, got shape {tuple(boxes.shape)}")
     return boxes
+
 
 def to_xyxy(cxcywh):
     """Corners from centre and size.
@@ -63,6 +65,7 @@ def to_xyxy(cxcywh):
     """
     centre, half = four(cxcywh, "cxcywh")[..., :2], cxcywh[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
+
 
 def to_cxcywh(xyxy):
     """Centre and size from corners.
@@ -114,7 +117,9 @@ def box_iou(a, b):
     ----------
     Everingham et al. 2010 (VOC), overlap criterion.
     """
-    area_a, area_b = ((four(t, n)[:, 2:] - t[:, :2]).clamp(min=0).prod(1) for t, n in ((a, "a"), (b, "b")))
+    area_a, area_b = (
+        (four(t, n)[:, 2:] - t[:, :2]).clamp(min=0).prod(1) for t, n in ((a, "a"), (b, "b"))
+    )
     low = torch.maximum(a[:, None, :2], b[None, :, :2])
     high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
     inter = (high - low).clamp(min=0).prod(2)
@@ -123,6 +128,7 @@ def box_iou(a, b):
 
 # %% ../nbs/01_boxes.ipynb #ff6b9976
 EPS = 1e-7
+
 
 def _overlap(a, b):
     "IoU, union, enclosing width and height, sizes: the parts of both measures."
@@ -134,6 +140,7 @@ def _overlap(a, b):
     union = wa * ha + wb * hb - inter + EPS
     around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     return inter / union, union, around, (wa, ha, wb, hb)
+
 
 def giou(a, b):
     """Generalised IoU of boxes, pair by pair.
@@ -161,6 +168,7 @@ def giou(a, b):
     hull = around.prod(-1) + EPS
     return iou - (hull - union) / hull
 
+
 def ciou(a, b):
     """Complete IoU of boxes, pair by pair.
 
@@ -186,12 +194,13 @@ def ciou(a, b):
     iou, _, around, (wa, ha, wb, hb) = _overlap(a, b)
     rho2 = (a[..., :2] - b[..., :2]).square().sum(-1)
     c2 = around.square().sum(-1) + EPS
-    v = (4 / math.pi ** 2) * (torch.atan(wb / hb) - torch.atan(wa / ha)).square()
-    with torch.no_grad(): alpha = v / (v - iou + (1 + EPS)).clamp(min=EPS)   # rounding may lift IoU above 1
+    v = (4 / math.pi**2) * (torch.atan(wb / hb) - torch.atan(wa / ha)).square()
+    with torch.no_grad():
+        alpha = v / (v - iou + (1 + EPS)).clamp(min=EPS)  # rounding may lift IoU above 1
     return iou - (rho2 / c2 + v * alpha)
 
 # %% ../nbs/01_boxes.ipynb #9c04794a
-def nms(boxes, scores, groups, iou=.65):
+def nms(boxes, scores, groups, iou=0.65):
     """Greedy non-maximum suppression inside each group.
 
     Parameters
@@ -220,7 +229,9 @@ def nms(boxes, scores, groups, iou=.65):
     """
     boxes, scores, order = four(boxes).float(), scores.float(), groups.argsort(stable=True)
     parts = order.split(torch.unique_consecutive(groups[order], return_counts=True)[1].tolist())
-    keep = torch.cat([order[:0], *(p[torchvision.ops.nms(boxes[p], scores[p], iou)] for p in parts)])
+    keep = torch.cat(
+        [order[:0], *(p[torchvision.ops.nms(boxes[p], scores[p], iou)] for p in parts)]
+    )
     return keep[scores[keep].argsort(descending=True, stable=True)]
 
 # %% ../nbs/01_boxes.ipynb #c55fea79
@@ -249,12 +260,19 @@ def letterbox(image, size):
     torchvision.transforms.v2
     """
     h, w = F.get_size(image)
-    if min(h, w, size) < 1: raise ValueError(f"letterbox: picture {w} x {h} into a square of {size} px")
+    if min(h, w, size) < 1:
+        raise ValueError(f"letterbox: picture {w} x {h} into a square of {size} px")
     scale = size / max(h, w)
     nw, nh = max(round(w * scale), 1), max(round(h * scale), 1)
     dx, dy = (size - nw) // 2, (size - nh) // 2
     image = image if (nw, nh) == (w, h) else F.resize(image, [nh, nw], antialias=True)
-    return F.pad(image, [dx, dy, size - nw - dx, size - nh - dy], fill=114), (nw / w, nh / h, float(dx), float(dy))
+    return F.pad(image, [dx, dy, size - nw - dx, size - nh - dy], fill=114), (
+        nw / w,
+        nh / h,
+        float(dx),
+        float(dy),
+    )
+
 
 def unletterbox(boxes, params):
     """Boxes of the square in pixels of the picture.

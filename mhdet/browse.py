@@ -39,18 +39,33 @@ def as_records(data, names=None):
     ----------
     own
     """
-    if isinstance(data, (Records, DetDataset)): return getattr(data, "records", data)
-    if not (samples := list(data)): raise ValueError("no pictures")
+    if isinstance(data, (Records, DetDataset)):
+        return getattr(data, "records", data)
+    if not (samples := list(data)):
+        raise ValueError("no pictures")
     column = lambda k: np.concatenate([getattr(s, k).numpy() for s in samples])
     label, box = column("labels"), column("boxes").astype(float)
     nc = label.max(initial=-1) + 1
     names = list(names or map(str, range(nc)))
-    if nc > len(names): raise ValueError(f"label {nc - 1}, there are {len(names)} names")
-    gt = dict(image=np.repeat(np.arange(len(samples)), [len(s.labels) for s in samples]), label=label, box=box,
-              ignore=column("ignore"), crowd=column("crowd"), area=(box[:, 2:] - box[:, :2]).prod(1))
+    if nc > len(names):
+        raise ValueError(f"label {nc - 1}, there are {len(names)} names")
+    gt = dict(
+        image=np.repeat(np.arange(len(samples)), [len(s.labels) for s in samples]),
+        label=label,
+        box=box,
+        ignore=column("ignore"),
+        crowd=column("crowd"),
+        area=(box[:, 2:] - box[:, :2]).prod(1),
+    )
     pixels = [s.image.permute(1, 2, 0).numpy() for s in samples]
-    return Records(ClassMap(names, list(range(len(names)))), [s.id for s in samples], None,
-                   np.array([p.shape[1::-1] for p in pixels]), gt, pixels=pixels)
+    return Records(
+        ClassMap(names, list(range(len(names)))),
+        [s.id for s in samples],
+        None,
+        np.array([p.shape[1::-1] for p in pixels]),
+        gt,
+        pixels=pixels,
+    )
 
 # %% ../nbs/06b_browse.ipynb #0d1f8c10
 def box_table(records, answers=None, listed=()):
@@ -82,14 +97,25 @@ def box_table(records, answers=None, listed=()):
     own
     """
     gt, nc, n = records.gt, len(records.names), len(records)
-    parts = {"annotated": {k: gt[k] for k in ("image", "label", "area")} | dict(kind="", truth=gt["label"], seen=-1)}
+    parts = {
+        "annotated": {k: gt[k] for k in ("image", "label", "area")}
+        | dict(kind="", truth=gt["label"], seen=-1)
+    }
     for k, (name, dt) in enumerate((answers or {}).items()):
         if bad := ((dt["image"] < 0) | (dt["image"] >= n)).sum():
             raise ValueError(f"{name}: {bad} detections are of none of the {n} pictures")
         (kind, missed), (seen, truth) = mistakes(gt, dt, nc), taken_for(gt, dt, nc, -np.inf)
-        if k == 0: parts["annotated"] |= dict(kind=np.where(missed, "Miss", ""), seen=seen)
+        if k == 0:
+            parts["annotated"] |= dict(kind=np.where(missed, "Miss", ""), seen=seen)
         area = (dt["box"][:, 2:] - dt["box"][:, :2]).prod(1)
-        parts[name] = dict(image=dt["image"], label=dt["label"], area=area, kind=kind, truth=truth, seen=dt["label"])
+        parts[name] = dict(
+            image=dt["image"],
+            label=dt["label"],
+            area=area,
+            kind=kind,
+            truth=truth,
+            seen=dt["label"],
+        )
     if listed:
         image, label, kind, box = ([s[k] for s in listed] for k in ("image", "seen", "kind", "box"))
         area = np.ptp(np.reshape(box, (-1, 2, 2)), 1).prod(1)
@@ -131,9 +157,15 @@ def plot_sample(records, i, partition=None, answers=None, fits=None, axes=None):
     for ax, (side, boxes) in zip(np.ravel(axes), sides.items()):
         here = boxes["image"] == i
         part, marked = {k: boxes[k][here] for k in ("box", "label", "score") if k in boxes}, fits
-        if fits is not None: marked = fits.loc[side].to_numpy()[here]
-        plot_boxes(picture, part, records.names, partition and partition.head_of, marked, ax).set_title(side)
+        if fits is not None:
+            marked = fits.loc[side].to_numpy()[here]
+        plot_boxes(
+            picture, part, records.names, partition and partition.head_of, marked, ax
+        ).set_title(side)
     if partition and partition.nh > 1:
-        chips = [plt.Line2D([], [], c=c, lw=4, label=h.name) for h, c in zip(partition.heads, HEAD_COLORS * 9)]
+        chips = [
+            plt.Line2D([], [], c=c, lw=4, label=h.name)
+            for h, c in zip(partition.heads, HEAD_COLORS * 9)
+        ]
         ax.figure.legend(handles=chips, loc="outside lower center", ncols=min(6, partition.nh))
     return np.ravel(axes)

@@ -40,32 +40,42 @@ def content_key(*parts):
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/01b_cache.ipynb #47ed3315
-_in_use = WeakValueDictionary()                           # file -> its array, as long as this process looks at it
+_in_use = WeakValueDictionary()  # file -> its array, as long as this process looks at it
+
 
 def _stored(path, shape):
     "Array and notes of a finished cache; None where it is not, or not whole."
     try:
         side = json.loads(path.with_suffix(".json").read_text(encoding="utf8"))
         array = np.lib.format.open_memmap(path, mode="r")
-        if (side["key"], array.shape, array.dtype) != (path.stem, shape, np.uint8): return None
+        if (side["key"], array.shape, array.dtype) != (path.stem, shape, np.uint8):
+            return None
         notes = side["notes"]
-    except (FileNotFoundError, ValueError, LookupError, TypeError): return None
-    with contextlib.suppress(OSError): os.utime(path)                                            # looked at last
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # looked at last
     return _in_use.setdefault(path, array), notes
+
 
 def _make_room(folder, need, limit_gb):
     "Remove the caches longest not looked at, until `need` more bytes are within the bound; or refuse."
     made = [f for f in folder.glob("*.npy") if re.fullmatch("[0-9a-f]{32}", f.stem)]
     size = {f: f.stat().st_size for f in sorted(made, key=lambda f: f.stat().st_mtime)}
     held = sum(size[f] for f in made if f in _in_use)
-    if not need + held <= limit_gb * 2 ** 30:
-        beside = f" beside {held / 2 ** 30:.3g} GB in use" if held else ""
-        raise ValueError(f"{folder}: a disk cache of {need / 2 ** 30:.3g} GB{beside} is over cache_gb={limit_gb:.3g}; "
-                         "give a greater cache_gb, a smaller imgsz, or cache=none")
+    if not need + held <= limit_gb * 2**30:
+        beside = f" beside {held / 2**30:.3g} GB in use" if held else ""
+        raise ValueError(
+            f"{folder}: a disk cache of {need / 2**30:.3g} GB{beside} is over cache_gb={limit_gb:.3g}; "
+            "give a greater cache_gb, a smaller imgsz, or cache=none"
+        )
     for f in [f for f in size if f not in _in_use]:
-        if need + sum(size.values()) <= limit_gb * 2 ** 30: break
-        for old in (f, f.with_suffix(".json")): old.unlink(missing_ok=True)
+        if need + sum(size.values()) <= limit_gb * 2**30:
+            break
+        for old in (f, f.with_suffix(".json")):
+            old.unlink(missing_ok=True)
         del size[f]
+
 
 def _reserve(path, shape):
     "A new mapped file, with all of its room on the disk taken."
@@ -73,11 +83,16 @@ def _reserve(path, shape):
     try:
         array = np.lib.format.open_memmap(path, "w+", np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
-            with path.open("r+b") as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
-        elif shutil.disk_usage(path).free < size: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with path.open("r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        elif shutil.disk_usage(path).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-        raise OSError(e.errno, f"{path}: no room for {size / 2 ** 30:.3g} GB ({e.strerror}), nothing is left of it; "
-                               "give a smaller imgsz, or cache=none") from None
+        raise OSError(
+            e.errno,
+            f"{path}: no room for {size / 2**30:.3g} GB ({e.strerror}), nothing is left of it; "
+            "give a smaller imgsz, or cache=none",
+        ) from None
     return array
 
 # %% ../nbs/01b_cache.ipynb #c6124a3c
@@ -115,12 +130,16 @@ def disk_array(folder, key, shape, fill, limit_gb):
     """
     folder, shape = Path(folder).absolute(), tuple(shape)
     path, part = folder / f"{key}.npy", folder / f"{key}.part"
-    if found := _stored(path, shape): return found
+    if found := _stored(path, shape):
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        if found := _stored(path, shape): return found                              # another process has made it
-        if path.exists(): warnings.warn(f"{path}: broken, so it is made again", stacklevel=2)
-        for half in (path, *folder.glob("*.part")): half.unlink(missing_ok=True)
+        if found := _stored(path, shape):
+            return found  # another process has made it
+        if path.exists():
+            warnings.warn(f"{path}: broken, so it is made again", stacklevel=2)
+        for half in (path, *folder.glob("*.part")):
+            half.unlink(missing_ok=True)
         _make_room(folder, int(np.prod(shape)), limit_gb)
         try:
             array = _reserve(part, shape)
@@ -131,5 +150,6 @@ def disk_array(folder, key, shape, fill, limit_gb):
             os.replace(part, path)
             return _stored(path, shape)
         except BaseException:
-            for half in (part, path.with_suffix(".json")): half.unlink(missing_ok=True)
+            for half in (part, path.with_suffix(".json")):
+                half.unlink(missing_ok=True)
             raise

@@ -42,21 +42,28 @@ def reliability(m, head_of=None, bins=10):
     Guo et al. 2017, equation 3.
     """
     counted = ~m.skip[0]
-    score, hit, head = m.score[counted], m.tp[0][counted], (np.zeros_like(m.label) if head_of is None else
-                                                            np.asarray(head_of)[m.label])[counted]
+    score, hit, head = (
+        m.score[counted],
+        m.tp[0][counted],
+        (np.zeros_like(m.label) if head_of is None else np.asarray(head_of)[m.label])[counted],
+    )
     _unit(score)
     out, place = [], np.minimum((score * bins).astype(int), bins - 1)
     for h in range(1 if head_of is None else max(head_of) + 1):
         total = lambda v: np.bincount(place[head == h], v[head == h], bins)
         n = total(np.ones(len(head)))
-        with np.errstate(invalid="ignore"): promised, kept = total(score) / n, total(hit) / n
+        with np.errstate(invalid="ignore"):
+            promised, kept = total(score) / n, total(hit) / n
         ece = float(np.nansum(n * abs(promised - kept)) / n.sum()) if n.sum() else None
         out.append(dict(n=n.astype(int), score=promised, hit=kept, ece=ece))
     return out
 
+
 def _unit(score):
     if len(score) and not 0 <= score.min() <= score.max() <= 1:
-        raise ValueError(f"scores from {score.min():g} to {score.max():g}: probabilities in 0..1 are due")
+        raise ValueError(
+            f"scores from {score.min():g} to {score.max():g}: probabilities in 0..1 are due"
+        )
 
 # %% ../nbs/04c_calibration.ipynb #6d424611
 def fit_calibration(m, head_of):
@@ -87,15 +94,23 @@ def fit_calibration(m, head_of):
     head, counted, out = np.asarray(head_of)[m.label], ~m.skip[0], []
     for h in range(max(head_of) + 1):
         x, hit = _logit(m.score[rows := counted & (head == h)]), m.tp[0][rows]
-        if len(np.unique(hit)) < 2: out.append((1., 0.)); continue
-        yes = np.where(hit, (hit.sum() + 1) / (hit.sum() + 2), 1 / ((~hit).sum() + 2))            # Platt's targets
+        if len(np.unique(hit)) < 2:
+            out.append((1.0, 0.0))
+            continue
+        yes = np.where(
+            hit, (hit.sum() + 1) / (hit.sum() + 2), 1 / ((~hit).sum() + 2)
+        )  # Platt's targets
         fit = LogisticRegression(C=np.inf, max_iter=1000).fit(
-            np.r_[x, x][:, None], np.repeat([1, 0], len(x)), np.r_[yes, 1 - yes])
+            np.r_[x, x][:, None], np.repeat([1, 0], len(x)), np.r_[yes, 1 - yes]
+        )
         scale, bias = fit.coef_.item(), fit.intercept_.item()
-        out.append((scale, bias) if scale > 0 else (1., 0.))
+        out.append((scale, bias) if scale > 0 else (1.0, 0.0))
     return np.array(out)
 
-def _logit(score): return logit(np.clip(score, 1e-12, 1 - 1e-12))
+
+def _logit(score):
+    return logit(np.clip(score, 1e-12, 1 - 1e-12))
+
 
 def calibrate(dt, fitted, head_of):
     """Detections with calibrated scores.
@@ -151,13 +166,19 @@ def plot_reliability(heads, names=None, ax=None):
     DeGroot and Fienberg 1983.
     """
     ax = ax or plt.subplots(figsize=(3.4, 3.2))[1]
-    ax.plot([0, 1], [0, 1], c="grey", lw=.8)
+    ax.plot([0, 1], [0, 1], c="grey", lw=0.8)
     for h, r in enumerate(heads):
         ok, color = r["n"] > 0, HEAD_COLORS[h % len(HEAD_COLORS)]
         name = names[h] if names else f"head {h}"
         label = f"{name}: ECE {r['ece']:.3f}" if ok.any() else f"{name}: no detections"
         ax.plot(r["score"][ok], r["hit"][ok], c=color, lw=1, label=label)
-        ax.scatter(r["score"][ok], r["hit"][ok], 4 + 300 * r["n"][ok] / max(r["n"].sum(), 1), color=color, alpha=.6)
+        ax.scatter(
+            r["score"][ok],
+            r["hit"][ok],
+            4 + 300 * r["n"][ok] / max(r["n"].sum(), 1),
+            color=color,
+            alpha=0.6,
+        )
     ax.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.legend(loc="upper left", fontsize=7)
     return ax

@@ -20,8 +20,15 @@ from .loss import RoutedLoss
 from .partition import Head, Partition
 
 # %% ../nbs/19b_check.ipynb #c52d1417
-_RULE = {"bn.weight": (1, .2), "bn.bias": (0, .2), "bn.running_mean": (0, .2), "bn.running_var": (1, .5),
-         "ia.implicit": (0, .05), "im.implicit": (1, .05)}                                # mean, half width
+_RULE = {
+    "bn.weight": (1, 0.2),
+    "bn.bias": (0, 0.2),
+    "bn.running_mean": (0, 0.2),
+    "bn.running_var": (1, 0.5),
+    "ia.implicit": (0, 0.05),
+    "im.implicit": (1, 0.05),
+}  # mean, half width
+
 
 def draw_weights(state, seed, only=""):
     """Weights by the fixtures' rule: uniform, scaled so that activations keep their size.
@@ -50,12 +57,15 @@ def draw_weights(state, seed, only=""):
     """
     rng, out = np.random.Generator(np.random.PCG64(seed)), dict(state)
     for k in sorted(k for k in state if k.startswith(only)):
-        if k.endswith(("anchors", "anchor_grid", "num_batches_tracked")): continue
+        if k.endswith(("anchors", "anchor_grid", "num_batches_tracked")):
+            continue
         u, (_, layer, kind, *_, last) = 2 * rng.random(tuple(state[k].shape)) - 1, k.split(".")
-        mean, half = _RULE.get(f"{kind}.{last}", (0, .5))
-        if u.ndim == 4 and last == "weight": half = math.sqrt((3 if layer == "77" else 6) / u[0].size)
+        mean, half = _RULE.get(f"{kind}.{last}", (0, 0.5))
+        if u.ndim == 4 and last == "weight":
+            half = math.sqrt((3 if layer == "77" else 6) / u[0].size)
         out[k] = torch.from_numpy(mean + half * u).float()
     return out
+
 
 def draw_pictures(n, size, seed):
     """Pictures by the fixtures' rule: blocks of 16 px, and noise.
@@ -80,7 +90,8 @@ def draw_pictures(n, size, seed):
     ----------
     own
     """
-    if size % 16: raise ValueError(f"the side must be a multiple of 16 px, got {size}")
+    if size % 16:
+        raise ValueError(f"the side must be a multiple of 16 px, got {size}")
     rng = np.random.Generator(np.random.PCG64(seed))
     blocks = rng.random((n, 3, size // 16, size // 16)).repeat(16, 2).repeat(16, 3) * 200
     return torch.from_numpy((blocks + rng.random((n, 3, size, size)) * 55).astype(np.uint8))
@@ -88,69 +99,125 @@ def draw_pictures(n, size, seed):
 # %% ../nbs/19b_check.ipynb #7551aa87
 def _row(fixture, variant, quantity, got, due, tolerance, scale=None):
     "One comparison; errors are divided by `scale`, by default by what is due."
-    got, due, scale = (np.squeeze(np.asarray(v, dtype=float)) for v in (got, due, due if scale is None else scale))
+    got, due, scale = (
+        np.squeeze(np.asarray(v, dtype=float)) for v in (got, due, due if scale is None else scale)
+    )
     off = (got - due) / np.where(scale == 0, 1, scale) if got.shape == due.shape else math.nan
     error = float(np.max(np.abs(off), initial=0))
-    return dict(fixture=fixture, variant=variant, quantity=quantity, error=error if math.isfinite(error) else None,
-                tolerance=tolerance, ok=error <= tolerance)
+    return dict(
+        fixture=fixture,
+        variant=variant,
+        quantity=quantity,
+        error=error if math.isfinite(error) else None,
+        tolerance=tolerance,
+        ok=error <= tolerance,
+    )
+
 
 def _partition(classes, weights=None):
-    heads = [Head(f"head{h}", list(ids), weights[h] if weights else 1.) for h, ids in enumerate(classes)]
+    heads = [
+        Head(f"head{h}", list(ids), weights[h] if weights else 1.0) for h, ids in enumerate(classes)
+    ]
     return Partition(heads, [str(c) for c in range(sum(map(len, classes)))])
+
 
 def _fuse(parts, partition):
     "Rows of each head, (B, A, H, W, 5 + nc of the head), as one raw map."
     out = np.empty((*parts[0].shape[:4], 5 * partition.nh + partition.nc), np.float32)
-    for at, part in zip(_head_rows(partition), parts): out[..., at] = part
+    for at, part in zip(_head_rows(partition), parts):
+        out[..., at] = part
     return torch.from_numpy(out).permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 # %% ../nbs/19b_check.ipynb #eb53bdc8
 def _answers(raws, head):
     "Heads one after the other, (B, nh * N, 5 + nc): cx, cy, w, h px, objectness, classes (0 for other heads')."
-    boxes, rows = to_cxcywh(decode(raws, head)[0]), torch.cat([as_rows(r, head.na).flatten(1, 3) for r in raws], 1)
+    boxes, rows = (
+        to_cxcywh(decode(raws, head)[0]),
+        torch.cat([as_rows(r, head.na).flatten(1, 3) for r in raws], 1),
+    )
     obj, prob = rows.sigmoid().tensor_split([5 * head.nh], -1)
-    return torch.cat([torch.cat([boxes[:, :, h], obj[..., 5 * h + 4, None], prob * (head.head_of == h)], -1)
-                      for h in range(head.nh)], 1)
+    return torch.cat(
+        [
+            torch.cat([boxes[:, :, h], obj[..., 5 * h + 4, None], prob * (head.head_of == h)], -1)
+            for h in range(head.nh)
+        ],
+        1,
+    )
+
 
 @torch.no_grad()
 def _forward(name, variant, state, partition, spec, z, raw, whole):
     "Rows of a forward pass; `raw(h, l)` names the stored raw maps, `whole` the answers."
     row = partial(_row, name, variant)
     model = load_foreign(state, partition).to(memory_format=torch.contiguous_format)
-    size, due, raws = z["image_u8"].shape[-1], z[whole], model(torch.from_numpy(z["image_u8"]).float() / 255)
+    size, due, raws = (
+        z["image_u8"].shape[-1],
+        z[whole],
+        model(torch.from_numpy(z["image_u8"]).float() / 255),
+    )
     rows = [row("image", draw_pictures(len(due), size, spec["image_seed"]), z["image_u8"], 0, 1)]
     for k, v in spec.get("checksum", {}).items():
         rows.append(row(f"sum of {k}", state[k].double().sum(), v, 1e-9, state[k].abs().sum()))
     stored = [[z[raw(h, l)] for h in range(partition.nh)] for l in range(len(raws))]
     for h, at in enumerate(_head_rows(partition)):
-        rows += [row(raw(h, l), as_rows(r)[..., at], stored[l][h], 1e-4, 1) for l, r in enumerate(raws)]
-    got, is_box = _answers([_fuse(parts, partition) for parts in stored], model.head), np.arange(due.shape[-1]) < 4
+        rows += [
+            row(raw(h, l), as_rows(r)[..., at], stored[l][h], 1e-4, 1) for l, r in enumerate(raws)
+        ]
+    got, is_box = (
+        _answers([_fuse(parts, partition) for parts in stored], model.head),
+        np.arange(due.shape[-1]) < 4,
+    )
     for part, columns, tolerance in ((whole, is_box, 3e-3), (f"{whole}_scores", ~is_box, 1e-5)):
         rows.append(row(part, got[..., columns], due[..., columns], tolerance, 1))
-    return [*rows, row(f"{whole}_end_to_end", _answers(raws, model.head), due, 1e-4, is_box * (size + np.abs(due)))]
+    return [
+        *rows,
+        row(
+            f"{whole}_end_to_end",
+            _answers(raws, model.head),
+            due,
+            1e-4,
+            is_box * (size + np.abs(due)),
+        ),
+    ]
+
 
 def _tiny(name, spec, z):
     "Rows of `tiny_forward`: one head with implicit vectors."
     spec, partition = spec.get(name, spec), _partition([range(z["raw0"].shape[-1] - 5)])
     state = draw_weights(to_foreign(Detector.make(partition, implicit=True)), spec["weight_seed"])
-    return _forward(name, f"nc={partition.nc}", state, partition, spec, z, lambda h, l: f"raw{l}", "decoded")
+    return _forward(
+        name, f"nc={partition.nc}", state, partition, spec, z, lambda h, l: f"raw{l}", "decoded"
+    )
+
 
 def _multi(name, spec, z):
     "Rows of `multihead_forward`: several heads, on the trunk that the rule draws for a single-head network."
     partition, other = _partition(spec["classes"]), _partition([range(spec["trunk_rule_nc"])])
     trunk = draw_weights(to_foreign(Detector.make(other, implicit=True)), spec["trunk_weight_seed"])
-    state = draw_weights(to_foreign(Detector.make(partition), fused=False), spec["head_weight_seed"], only="model.77.")
+    state = draw_weights(
+        to_foreign(Detector.make(partition), fused=False),
+        spec["head_weight_seed"],
+        only="model.77.",
+    )
     state |= {k: v for k, v in trunk.items() if not k.startswith("model.77.")}
-    return _forward(name, spec["config"], state, partition, spec, z, lambda h, l: f"head{h}_raw{l}", "merged")
+    return _forward(
+        name, spec["config"], state, partition, spec, z, lambda h, l: f"head{h}_raw{l}", "merged"
+    )
 
 # %% ../nbs/19b_check.ipynb #81a289b0
-_HYP = {"box": "box_gain", "obj": "obj_gain", "cls": "cls_gain", "fl_gamma": "focal"} | {k: k for k in (
-    "label_smoothing", "cls_pw", "obj_pw", "anchor_t", "gr", "balance")}
-_NORMS = dict(grad_l2=torch.Tensor.norm, grad_l1=lambda g: g.abs().sum(), grad_sum=lambda g: g.double().sum())
+_HYP = {"box": "box_gain", "obj": "obj_gain", "cls": "cls_gain", "fl_gamma": "focal"} | {
+    k: k for k in ("label_smoothing", "cls_pw", "obj_pw", "anchor_t", "gr", "balance")
+}
+_NORMS = dict(
+    grad_l2=torch.Tensor.norm, grad_l1=lambda g: g.abs().sum(), grad_sum=lambda g: g.double().sum()
+)
 
 NOT_JUDGED = dict(error=None, tolerance=None, ok=None)
 
-def _settings(hyp): return {_HYP[k]: v for k, v in hyp.items() if k in _HYP}
+
+def _settings(hyp):
+    return {_HYP[k]: v for k, v in hyp.items() if k in _HYP}
+
 
 def _loss_rows(row, partition, loss, raws, targets, due):
     "Rows for one call of a loss: whatever `due` holds of values, parts by head, numbers of matches and gradient norms."
@@ -158,27 +225,51 @@ def _loss_rows(row, partition, loss, raws, targets, due):
     due = due | {k: [h[k] for h in due["per_head"]] for k in due.get("per_head", [{}])[0]}
     m = loss.match(raws, targets)
     grads = [as_rows(g) for g in torch.autograd.grad(out["loss"], raws)]
-    got = {k: out[k].item() for k in ("loss", *parts)} | {"total": out["loss"].item() / len(raws[0])}
+    got = {k: out[k].item() for k in ("loss", *parts)} | {
+        "total": out["loss"].item() / len(raws[0])
+    }
     got |= {f"{k}_unweighted": [out[f"h{h}/{k}"].item() for h in heads] for k in parts}
-    got["matched"] = [[(level == h).sum().item() for level in loss.head_of[m.cls].split(m.sizes)] for h in heads]
-    got |= {k: [[f(g[..., at]).item() for g in grads] for at in _head_rows(partition)] for k, f in _NORMS.items()}
-    return [row(k, got[k], due[k], 1e-4 if k in _NORMS else 0 if k == "matched" else 1e-5,
-                due.get("grad_l1") if k == "grad_sum" else None) for k in got if k in due]
+    got["matched"] = [
+        [(level == h).sum().item() for level in loss.head_of[m.cls].split(m.sizes)] for h in heads
+    ]
+    got |= {
+        k: [[f(g[..., at]).item() for g in grads] for at in _head_rows(partition)]
+        for k, f in _NORMS.items()
+    }
+    return [
+        row(
+            k,
+            got[k],
+            due[k],
+            1e-4 if k in _NORMS else 0 if k == "matched" else 1e-5,
+            due.get("grad_l1") if k == "grad_sum" else None,
+        )
+        for k in got
+        if k in due
+    ]
+
 
 def _variants(row, partition, base, raws, targets, spec):
     "Rows of every variant in `spec`; one whose name says nothing to us is not judged."
-    rows, which = [], {"empty_targets": targets["targets"][:0], "dup_targets": targets.get("targets_dup")}
+    rows, which = (
+        [],
+        {"empty_targets": targets["targets"][:0], "dup_targets": targets.get("targets_dup")},
+    )
     hyp = lambda due: {k: due[k] for k in ("label_smoothing", "fl_gamma") if k in due}
     label = lambda due: ", ".join(f"{k} {v:g}" for k, v in hyp(due).items())
     listed = {label(due): due | {"hyp": hyp(due)} for due in spec.get("variants", ())}
     for name, due in (listed | spec).items():
-        if not isinstance(due, dict) or "loss" not in due: continue
+        if not isinstance(due, dict) or "loss" not in due:
+            continue
         what, _, value = name.rpartition("_")
         changed = due.get("hyp", {what: float(value)} if what in _HYP else {})
         if changed or name in which:
             loss = RoutedLoss(partition, **base | _settings(changed))
-            rows += _loss_rows(partial(row, name), partition, loss, raws, which.get(name, targets["targets"]), due)
-        else: rows.append(row(name, "", 0, 0, 0) | NOT_JUDGED)
+            rows += _loss_rows(
+                partial(row, name), partition, loss, raws, which.get(name, targets["targets"]), due
+            )
+        else:
+            rows.append(row(name, "", 0, 0, 0) | NOT_JUDGED)
     return rows
 
 # %% ../nbs/19b_check.ipynb #b91efa76
@@ -190,14 +281,24 @@ def _plain(name, spec, z):
     base = _settings(spec | spec.get("hyp", {}))
     loss = RoutedLoss(one, **base, autobalance=True)
     m = loss.match(raws, targets["targets"])
-    columns = dict(match=torch.stack([m.image, m.anchor, m.gy, m.gx, m.cls], 1), tbox=m.tbox, anch=m.anch)
-    rows = [row("match", f"{k}{l}", v, z[f"{k}{l}"], 0 if k == "match" else 1e-6, 1)
-            for k, column in columns.items() for l, v in enumerate(column.split(m.sizes))]
+    columns = dict(
+        match=torch.stack([m.image, m.anchor, m.gy, m.gx, m.cls], 1), tbox=m.tbox, anch=m.anch
+    )
+    rows = [
+        row("match", f"{k}{l}", v, z[f"{k}{l}"], 0 if k == "match" else 1e-6, 1)
+        for k, column in columns.items()
+        for l, v in enumerate(column.split(m.sizes))
+    ]
     rows += _variants(row, one, base, raws, targets, spec)
     for call, due in spec.get("autobalance", {}).items():
-        if not isinstance(due, dict): rows.append(row("autobalance", call, loss.balance, due, 1e-5))
-        else: rows += _loss_rows(partial(row, f"autobalance {call}"), one, loss, raws, targets["targets"], due)
+        if not isinstance(due, dict):
+            rows.append(row("autobalance", call, loss.balance, due, 1e-5))
+        else:
+            rows += _loss_rows(
+                partial(row, f"autobalance {call}"), one, loss, raws, targets["targets"], due
+            )
     return rows
+
 
 def _ota(name, spec, z):
     "Rows of `ota_loss`; which prediction comes first in its list is no one's business."
@@ -208,10 +309,19 @@ def _ota(name, spec, z):
     in_order = lambda v: v[np.lexsort(v.T)]
     for k, t in targets.items():
         tail, m = k.removeprefix("targets"), RoutedLoss(one, **base).match(raws, t)
-        got = torch.cat([torch.stack([m.image, m.anchor, m.gy, m.gx], 1), t[m.target], m.anch], 1).split(m.sizes)
-        due = [np.c_[z[f"match{l}{tail}"], z[f"match_target{l}{tail}"], z[f"match_anchor{l}{tail}"]] for l in range(3)]
-        rows += [row(k, f"match{l}", in_order(g.numpy()), in_order(d), 0, 1) for l, (g, d) in enumerate(zip(got, due))]
+        got = torch.cat(
+            [torch.stack([m.image, m.anchor, m.gy, m.gx], 1), t[m.target], m.anch], 1
+        ).split(m.sizes)
+        due = [
+            np.c_[z[f"match{l}{tail}"], z[f"match_target{l}{tail}"], z[f"match_anchor{l}{tail}"]]
+            for l in range(3)
+        ]
+        rows += [
+            row(k, f"match{l}", in_order(g.numpy()), in_order(d), 0, 1)
+            for l, (g, d) in enumerate(zip(got, due))
+        ]
     return rows + _variants(row, one, base, raws, targets, spec)
+
 
 def _router(name, spec, z):
     "Rows of `router_loss`."
@@ -219,14 +329,23 @@ def _router(name, spec, z):
     route = dict(reduce="head", others="background", negatives="head", single="skip")
     for config, part in spec.items():
         row, partition = partial(_row, name), _partition(part["classes"], part["weights"])
-        raws = [_fuse([z[f"{config}_head{h}_pred{l}"] for h in range(partition.nh)], partition) for l in range(3)]
+        raws = [
+            _fuse([z[f"{config}_head{h}_pred{l}"] for h in range(partition.nh)], partition)
+            for l in range(3)
+        ]
         found = _variants(row, partition, route, [r.requires_grad_() for r in raws], targets, part)
         rows += [r | dict(variant=f"{config}, {r['variant']}") for r in found]
     return rows
 
 # %% ../nbs/19b_check.ipynb #81887788
-KINDS = {"tiny_forward": _tiny, "multihead_forward": _multi, "plain_loss": _plain, "ota_loss": _ota,
-         "router_loss": _router}
+KINDS = {
+    "tiny_forward": _tiny,
+    "multihead_forward": _multi,
+    "plain_loss": _plain,
+    "ota_loss": _ota,
+    "router_loss": _router,
+}
+
 
 def check(folder):
     """This build against reference numbers.
@@ -256,12 +375,21 @@ def check(folder):
     """
     folder, rows = Path(folder), []
     names = sorted({p.stem for p in folder.glob("*") if p.suffix in (".json", ".npz")})
-    if not names: raise FileNotFoundError(f"{folder}: no fixtures there (.json and .npz, of {', '.join(KINDS)})")
+    if not names:
+        raise FileNotFoundError(
+            f"{folder}: no fixtures there (.json and .npz, of {', '.join(KINDS)})"
+        )
     for name in names:
         file = folder / name
-        if name not in KINDS: rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
+        if name not in KINDS:
+            rows.append(_row(name, "", "", 0, 0, 0) | NOT_JUDGED)
         else:
-            try: rows += KINDS[name](name, json.loads(Path(f"{file}.json").read_text()), dict(np.load(f"{file}.npz")))
-            except KeyError as e: raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
-            except (ValueError, EOFError, BadZipFile) as e: raise ValueError(f"{file}: no fixture ({e})") from None
+            try:
+                rows += KINDS[name](
+                    name, json.loads(Path(f"{file}.json").read_text()), dict(np.load(f"{file}.npz"))
+                )
+            except KeyError as e:
+                raise ValueError(f"{file}: {e} is missing in the .json or the .npz") from None
+            except (ValueError, EOFError, BadZipFile) as e:
+                raise ValueError(f"{file}: no fixture ({e})") from None
     return rows

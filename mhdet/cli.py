@@ -15,30 +15,43 @@ from typer.core import TyperCommand, TyperGroup
 # %% ../nbs/21_cli.ipynb #bd5f29f8
 SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
 
+
 def _line(error):
     "An error as one line of text; one that was not foreseen says what it is."
     option = getattr(error, "option_name", "").strip("-")
-    if option: text = f"{error.format_message()}; choices are words: {option}=..."
-    elif hasattr(error, "format_message"): text = error.format_message()
-    elif isinstance(error, KeyError): text = str(error.args[0]) if error.args else "KeyError"
-    elif isinstance(error, OSError) and error.strerror: text = ": ".join(filter(None, (error.filename, error.strerror)))
-    elif isinstance(error, (ValueError, OSError, ModuleNotFoundError)): text = str(error)
+    if option:
+        text = f"{error.format_message()}; choices are words: {option}=..."
+    elif hasattr(error, "format_message"):
+        text = error.format_message()
+    elif isinstance(error, KeyError):
+        text = str(error.args[0]) if error.args else "KeyError"
+    elif isinstance(error, OSError) and error.strerror:
+        text = ": ".join(filter(None, (error.filename, error.strerror)))
+    elif isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+        text = str(error)
     elif type(error).__name__ == "NonFinite":
         text = f"{error}; begun again as restarts.csv lists; try a smaller lr, clip=10, or precision=fp32"
-    else: text = f"{type(error).__name__}: {error} (--debug shows where)"
+    else:
+        text = f"{type(error).__name__}: {error} (--debug shows where)"
     return " ".join(text.split())
 
+
 SEVERAL = ("errors", "--dt"), ("compare", "--a"), ("compare", "--b")
+
 
 def _spread(args):
     "`--a x y` as `--a x --a y`, for the commands whose options take several files."
     out, option = [], None
     for word in args:
         name, equal, value = word.partition("=")
-        if not word.startswith("-"): out += [option, word] if option and out[-1] != option else [word]
-        elif (args[0], name) in SEVERAL: out, option = [*out, name, *[value] * bool(equal)], name
-        else: out, option = [*out, word], None
+        if not word.startswith("-"):
+            out += [option, word] if option and out[-1] != option else [word]
+        elif (args[0], name) in SEVERAL:
+            out, option = [*out, name, *[value] * bool(equal)], name
+        else:
+            out, option = [*out, word], None
     return out
+
 
 class _Group(TyperGroup):
     def main(self, args=None, **more):
@@ -46,23 +59,39 @@ class _Group(TyperGroup):
         os.environ.setdefault("MPLBACKEND", "agg")
         theirs = warnings.formatwarning
         warnings.formatwarning = lambda text, kind, file, *where: (
-            f"mhdet: {text}\n" if Path(file).parent.name == "mhdet" else theirs(text, kind, file, *where))
-        try: code = super().main(args, **more | dict(standalone_mode=False, obj=args))
+            f"mhdet: {text}\n"
+            if Path(file).parent.name == "mhdet"
+            else theirs(text, kind, file, *where)
+        )
+        try:
+            code = super().main(args, **more | dict(standalone_mode=False, obj=args))
         except Exception as e:
-            if "--debug" in args: raise
+            if "--debug" in args:
+                raise
             print(f"mhdet: {_line(e)}", file=sys.stderr)
             code = SIGNALS.get(str(e).split(";")[0], 1) if isinstance(e, InterruptedError) else 2
         raise SystemExit(code)
 
-app = typer.Typer(cls=_Group, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Object detection with one backbone and several class-specialised heads.")
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Object detection with one backbone and several class-specialised heads.",
+)
+
 
 @app.callback()
-def _main(): pass
+def _main():
+    pass
 
 # %% ../nbs/21_cli.ipynb #3bb79e7f
 ROOT = "runs"
-CHOICES = dict(data="A folder, a YAML, or toy.", heads="A head file.", seed="Seed.", device="auto, cpu, cuda.")
+CHOICES = dict(
+    data="A folder, a YAML, or toy.", heads="A head file.", seed="Seed.", device="auto, cpu, cuda."
+)
+
 
 def _sources(args, words, options):
     "What changes the config, in the order given: files, options that are config keys, and key=value words."
@@ -72,18 +101,32 @@ def _sources(args, words, options):
         if name in ("--config", *(f"--{k}" for k in options)):
             value = value if equal else next(rest, "")
             out.append(Path(value) if name == "--config" else {name[2:]: value})
-        elif a in words: out.append(a)
+        elif a in words:
+            out.append(a)
     return out
+
 
 def _chosen(sources, uses):
     "The choices by name, checked; later over earlier. `uses` are the keys that mean something here, None for all."
-    if not sources: return {}
+    if not sources:
+        return {}
     from mhdet.core import load_cfg, read_yaml
+
     flat, keys = load_cfg(*sources).flat(), []
-    for s in sources: keys += [s.split("=", 1)[0]] if isinstance(s, str) else s if isinstance(s, dict) else read_yaml(s)
+    for s in sources:
+        keys += (
+            [s.split("=", 1)[0]]
+            if isinstance(s, str)
+            else s
+            if isinstance(s, dict)
+            else read_yaml(s)
+        )
     chosen = {(name := k.split(".")[-1]): flat[name] for k in keys}
     odd = [k for k in chosen if uses is not None and k not in uses.split()]
-    if odd: raise ValueError(f"'{odd[0]}' changes nothing here; allowed are {', '.join(uses.split()) or 'no choices'}")
+    if odd:
+        raise ValueError(
+            f"'{odd[0]}' changes nothing here; allowed are {', '.join(uses.split()) or 'no choices'}"
+        )
     return chosen
 
 # %% ../nbs/21_cli.ipynb #ad7ee6c9
@@ -94,88 +137,142 @@ def _aside():
     kept = os.dup(1)
     sys.stdout.flush(), os.dup2(2, 1)
     try:
-        with contextlib.redirect_stdout(sys.stderr): yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         library.fflush(None), os.dup2(kept, 1), os.close(kept)
 
+
 def _plain(value):
     "A JSON value: NaN is null, an array a list, a table a list of rows."
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if hasattr(value, "to_dict"): return _plain(value.to_dict("records"))
-    if hasattr(value, "tolist"): return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value): return None
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict("records"))
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
 
 def _table(rows):
     "Rows (dicts or a DataFrame) as text."
     import pandas as pd
+
     number = lambda v: f"{v:.0f}" if abs(v) >= 1e4 else f"{v:.4g}"
     rows = pd.DataFrame(rows).map(lambda v: "-" if v is None else v)
     return rows.to_string(index=False, na_rep="-", float_format=number)
 
 # %% ../nbs/21_cli.ipynb #bfe64990
 def _opt(default, help, *names, **limits):
-    return typer.Option(default, *names, help=help, show_default=not isinstance(default, bool), **limits)
+    return typer.Option(
+        default, *names, help=help, show_default=not isinstance(default, bool), **limits
+    )
 
-def _part(default, help): return _opt(default, help, min=0, max=1)
+
+def _part(default, help):
+    return _opt(default, help, min=0, max=1)
+
 
 def _counted(words, least, most, metavar=""):
     "Refuse too few or too many names."
-    if least <= len(words) and (most is None or len(words) <= most): return words
+    if least <= len(words) and (most is None or len(words) <= most):
+        return words
     due = {(0, 0): "no name", (1, 1): "one name", (0, 1): "at most one name"}
     due = due.get((least, most), metavar.split(" [")[0])
     data = next((f"; a data set is given as --data {w}" for w in words if Path(w).exists()), "")
     raise ValueError(f"{due} is due here, got {' '.join(words) or 'none'}{data}")
 
+
 def _signature(own, keys):
     "What typer is to see: a command's own options, the choices that are options too, and what all commands share."
-    shared = dict(ctx=(typer.Context, inspect.Parameter.empty),
-                  words=(list[str], typer.Argument(None, hidden=True)),
-                  config=(list[str], _opt(None, "YAML of choices; may be repeated.", "--config")),
-                  **{k: (str, _opt(None, CHOICES[k])) for k in keys},
-                  as_json=(bool, _opt(False, "One JSON value on stdout instead of a table.", "--json")),
-                  debug=(bool, _opt(False, "Show the traceback of an error.", "--debug")))
+    shared = dict(
+        ctx=(typer.Context, inspect.Parameter.empty),
+        words=(list[str], typer.Argument(None, hidden=True)),
+        config=(list[str], _opt(None, "YAML of choices; may be repeated.", "--config")),
+        **{k: (str, _opt(None, CHOICES[k])) for k in keys},
+        as_json=(bool, _opt(False, "One JSON value on stdout instead of a table.", "--json")),
+        debug=(bool, _opt(False, "Show the traceback of an error.", "--debug")),
+    )
     P = inspect.Parameter
-    return inspect.Signature([*(p.replace(kind=P.KEYWORD_ONLY) for p in own),
-                              *(P(k, P.KEYWORD_ONLY, annotation=t, default=d) for k, (t, d) in shared.items())])
+    return inspect.Signature(
+        [
+            *(p.replace(kind=P.KEYWORD_ONLY) for p in own),
+            *(P(k, P.KEYWORD_ONLY, annotation=t, default=d) for k, (t, d) in shared.items()),
+        ]
+    )
+
 
 class _Command(TyperCommand):
     "A command whose usage line says what words are due, and nothing else."
-    def collect_usage_pieces(self, ctx): return [self.options_metavar]
+
+    def collect_usage_pieces(self, ctx):
+        return [self.options_metavar]
+
 
 def _command(uses=None, names=(0, 0), metavar="[key=value]..."):
     "Register a function (names, chosen, options) -> (value, text[, failed]) as a command; its docstring is the help."
+
     def register(f):
         own = list(inspect.signature(f).parameters.values())[2:]
-        keys = [k for k in CHOICES if (uses is None or k in uses.split()) and k not in [p.name for p in own]]
+        keys = [
+            k
+            for k in CHOICES
+            if (uses is None or k in uses.split()) and k not in [p.name for p in own]
+        ]
+
         @functools.wraps(f)
         def run(ctx, words, config, as_json, debug, **options):
             choices = [w for w in words or () if "=" in w and not Path(w).exists()]
             named = _counted([w for w in words or () if w not in choices], *names, metavar)
             chosen = _chosen(_sources(ctx.obj, choices, keys), uses)
             with _aside():
-                value, text, *failed = f(named, chosen, **{k: v for k, v in options.items() if k not in keys})
-            if os.environ.get("RANK", "0") == "0":                          # of several processes the first one answers
-                typer.echo(json.dumps(_plain(value)) if as_json else text if isinstance(text, str) else _table(text))
+                value, text, *failed = f(
+                    named, chosen, **{k: v for k, v in options.items() if k not in keys}
+                )
+            if os.environ.get("RANK", "0") == "0":  # of several processes the first one answers
+                typer.echo(
+                    json.dumps(_plain(value))
+                    if as_json
+                    else text
+                    if isinstance(text, str)
+                    else _table(text)
+                )
             return int(any(failed))
+
         run.__signature__ = _signature(own, keys)
-        app.command(f.__name__.strip("_"), cls=_Command, options_metavar=f"[OPTIONS] {metavar}".strip())(run)
+        app.command(
+            f.__name__.strip("_"), cls=_Command, options_metavar=f"[OPTIONS] {metavar}".strip()
+        )(run)
         return f
+
     return register
 
 # %% ../nbs/21_cli.ipynb #3482a239
 def _resumable(name, chosen):
     "Refuse to change what a run was begun with."
     from mhdet.experiment import RESUMABLE
+
     odd = [k for k in chosen if k not in RESUMABLE and (k, chosen[k]) != ("run", name)]
-    if odd: raise ValueError(f"--resume {name}: '{odd[0]}' cannot be changed; allowed are {', '.join(RESUMABLE)}")
+    if odd:
+        raise ValueError(
+            f"--resume {name}: '{odd[0]}' cannot be changed; allowed are {', '.join(RESUMABLE)}"
+        )
     return chosen
 
+
 @_command(names=(0, 1), metavar="[NAME] [key=value]...")
-def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
-           arms: str = _opt("split,control", "By comma."), heads: int = _opt(4, "Heads of the partition."),
-           resume: bool = _opt(False, "Go on with the study NAME, or the newest.", "--resume")):
+def _study(
+    names,
+    chosen,
+    seeds: int = _opt(1, "Trainings of every arm."),
+    arms: str = _opt("split,control", "By comma."),
+    heads: int = _opt(4, "Heads of the partition."),
+    resume: bool = _opt(False, "Go on with the study NAME, or the newest.", "--resume"),
+):
     """The main job: single head, split heads, control, verdict.
 
     The study's folder, runs/NAME, gets the table, the figures and report.md.
@@ -183,40 +280,74 @@ def _study(names, chosen, seeds: int = _opt(1, "Trainings of every arm."),
     from mhdet.core import load_cfg
     from mhdet.store import write_atomic
     from mhdet.study import study, study_table
-    if os.environ.get("WORLD_SIZE", "1") != "1": raise ValueError("a study is one process; train takes several")
-    there = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("a study is one process; train takes several")
+    there = (
+        sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime) if resume else []
+    )
     newest = there[-1].parent.name if there else time.strftime("study_%Y%m%d_%H%M%S")
     if names and not resume and Path(names[0]).exists():
-        raise ValueError(f"{names[0]} is a file or folder, no name for a study; data are given as --data {names[0]}")
+        raise ValueError(
+            f"{names[0]} is a file or folder, no name for a study; data are given as --data {names[0]}"
+        )
     name = next(iter(names), chosen.get("run")) or newest
-    folder, asked = Path(ROOT) / name, dict(seeds=seeds, arms=arms, heads=heads, chosen=chosen | dict(run=name))
+    folder, asked = (
+        Path(ROOT) / name,
+        dict(seeds=seeds, arms=arms, heads=heads, chosen=chosen | dict(run=name)),
+    )
     if resume:
-        if not (folder / "asked.json").is_file(): raise FileNotFoundError(f"{folder}: no study there to go on with")
+        if not (folder / "asked.json").is_file():
+            raise FileNotFoundError(f"{folder}: no study there to go on with")
         asked = json.loads((folder / "asked.json").read_text())
         asked["chosen"] |= _resumable(name, chosen)
-    elif any(folder.glob("base-s*")): raise FileExistsError(f"{folder}: exists already; --resume {name}?")
-    def say(line):                                               # the first one comes when all was found in order
+    elif any(folder.glob("base-s*")):
+        raise FileExistsError(f"{folder}: exists already; --resume {name}?")
+
+    def say(line):  # the first one comes when all was found in order
         write_atomic(folder / "asked.json", json.dumps(asked).encode())
         print(line)
-    found = study(load_cfg(asked["chosen"]), asked["seeds"], asked["arms"].split(","), asked["heads"], ROOT, say=say)
-    return found, f"{_table(study_table(found))}\n\n{found['sentence']}\n{found['folder']}/report.md"
+
+    found = study(
+        load_cfg(asked["chosen"]),
+        asked["seeds"],
+        asked["arms"].split(","),
+        asked["heads"],
+        ROOT,
+        say=say,
+    )
+    return (
+        found,
+        f"{_table(study_table(found))}\n\n{found['sentence']}\n{found['folder']}/report.md",
+    )
 
 # %% ../nbs/21_cli.ipynb #3a3bd7f6
 @_command()
-def _train(names, chosen, resume: str = _opt(None, "A run to go on with."),
-           trust: bool = _opt(False, "Open pickled weights, which may run code in them.", "--trust")):
+def _train(
+    names,
+    chosen,
+    resume: str = _opt(None, "A run to go on with."),
+    trust: bool = _opt(False, "Open pickled weights, which may run code in them.", "--trust"),
+):
     """Train one run.
 
     It is left in runs/NAME: run=NAME, else date, time and seed.
     """
     from mhdet.core import JsonLog, load_cfg
     from mhdet.experiment import find_run, train
-    begun = [find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)] if resume else [chosen]
-    if trust: begun.append(dict(trust=True))
+
+    begun = (
+        [find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)]
+        if resume
+        else [chosen]
+    )
+    if trust:
+        begun.append(dict(trust=True))
     run = train(load_cfg(*begun), resume=resume, root=ROOT)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
     name = run.relative_to(ROOT) if run.is_relative_to(ROOT) else run
-    if stopped in SIGNALS: raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {name}")
+    if stopped in SIGNALS:
+        raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {name}")
     last = (JsonLog(run / "log.jsonl").rows() or [{}])[-1]
     keys = "epoch AP50 AP P R train/box train/obj train/cls seconds".split()
     facts = dict(run=str(run), stopped=stopped) | {k: last.get(k) for k in keys}
@@ -224,86 +355,135 @@ def _train(names, chosen, resume: str = _opt(None, "A run to go on with."),
 
 # %% ../nbs/21_cli.ipynb #148a2b74
 @_command(names=(1, 1), metavar="FILE [key=value]...")
-def _sweep(names, chosen, jobs: int = _opt(1, "Rows at a time."), row: int = _opt(None, "Only this one, from 0."),
-           listed: bool = _opt(False, "Show the commands that are due; train nothing.", "--list")):
+def _sweep(
+    names,
+    chosen,
+    jobs: int = _opt(1, "Rows at a time."),
+    row: int = _opt(None, "Only this one, from 0."),
+    listed: bool = _opt(False, "Show the commands that are due; train nothing.", "--list"),
+):
     """Every run a sweep file asks for; called again, it goes on.
 
     Rows and sweep.csv are left in runs/NAME; choices given here are for all rows. Exit 1 if a row failed.
     """
     import shlex
     from mhdet.sweep import sweep, sweep_command, sweep_rows
+
     if listed:
         due = {r["name"]: sweep_command(r) for r in sweep_rows(names[0], ROOT, chosen)}
         text = {name: c and shlex.join(["mhdet", *c]) for name, c in due.items()}
         rows = [dict(row=k, name=name, command=c) for k, (name, c) in enumerate(text.items())]
         return rows, "\n".join(r["command"] or f"# {r['name']} is finished" for r in rows)
     table = sweep(names[0], ROOT, jobs, row, chosen)
-    return table, table, (table["state"] == "failed").any() if row is None else table["state"][row] == "failed"
+    return (
+        table,
+        table,
+        (table["state"] == "failed").any() if row is None else table["state"][row] == "failed",
+    )
 
 # %% ../nbs/21_cli.ipynb #74838883
-GT, DT, SPLIT = _opt(None, "Truth, a COCO JSON."), _opt(None, "Answers, COCO results JSON."), "Of the run's data."
+GT, DT, SPLIT = (
+    _opt(None, "Truth, a COCO JSON."),
+    _opt(None, "Answers, COCO results JSON."),
+    "Of the run's data.",
+)
+
 
 def _foreign(names, gt, dts):
     "Class names, truth, picture ids and sets of answers, from files; None when a run was named instead."
     from mhdet.results import read_gt, read_results
-    if bool(gt) != any(dts) or bool(gt) == bool(names): raise ValueError("either a RUN is due, or --gt and --dt")
-    if names: return None
+
+    if bool(gt) != any(dts) or bool(gt) == bool(names):
+        raise ValueError("either a RUN is due, or --gt and --dt")
+    if names:
+        return None
     classes, truth, ids, cats = read_gt(gt)
     return classes, truth, ids, [read_results(f, ids, cats) for f in dts]
+
 
 def _ask(ref, chosen, records, **limits):
     "Partition of a run, data, and its answers to `records(cfg, names)`."
     from mhdet.experiment import dataset, limits as usual, load_run, predict
     from mhdet.learner import make_accelerator
+
     model, cfg = load_run(ref, ROOT)
     cfg, partition = cfg.override(**chosen), model.head.partition
     data, t = dataset(cfg, records(cfg, partition.names)), cfg.train
-    if data.records.names != partition.names: raise ValueError(f"{cfg.data.data}: not the classes of run {ref}")
+    if data.records.names != partition.names:
+        raise ValueError(f"{cfg.data.data}: not the classes of run {ref}")
     model = model.to(make_accelerator(t.device).device)
     return partition, data, predict(model, data, **usual(cfg, **limits))[0]
+
 
 def _split_of(split):
     "What `_ask` is to open: a split of the run's data."
     from mhdet.data import open_data
+
     return lambda cfg, _: open_data(cfg.data.data, split, cfg.data.dev)[split]
 
+
 @_command("data device", (0, 1), "[RUN] [key=value]...")
-def _eval(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("val", SPLIT),
-          metric: str = _opt("coco,voc07,voc,source", "By comma."),
-          conf: float = _part(.25, "Least score for P, R, F1.")):
+def _eval(
+    names,
+    chosen,
+    gt: str = GT,
+    dt: str = DT,
+    split: str = _opt("val", SPLIT),
+    metric: str = _opt("coco,voc07,voc,source", "By comma."),
+    conf: float = _part(0.25, "Least score for P, R, F1."),
+):
     "AP of a run, or of answers from any framework."
     from mhdet.experiment import evaluate_run
     from mhdet.metrics import evaluate
+
     metrics = metric.split(",")
     if files := _foreign(names, gt, [dt] if dt else []):
         classes, truth, ids, (found,) = files
         out = evaluate(truth, found, classes, len(ids), metrics, engine="pycocotools", conf=conf)
-    else: out = evaluate_run(names[0], split, metrics=metrics, root=ROOT, conf=conf, **chosen)
+    else:
+        out = evaluate_run(names[0], split, metrics=metrics, root=ROOT, conf=conf, **chosen)
     heads = [dict(head=h, **v) for h, v in enumerate(out.get("per_head", ()))]
     classes = [dict({"class": name}, **row) for name, row in out["per_class"].items()]
     tables = [dict(metric=k, **out[k]) for k in metrics], heads, classes
-    return out, "\n\n".join(_table(t) for t in tables if t) + f"\n\nP, R and F1 at score {conf:g} and IoU .5"
+    return out, "\n\n".join(
+        _table(t) for t in tables if t
+    ) + f"\n\nP, R and F1 at score {conf:g} and IoU .5"
 
 # %% ../nbs/21_cli.ipynb #4ff92833
 def _seen(names, chosen, gt, dt, split, conf, iou):
     "What was taken for what, by a run on a split of its data or by anybody's answers: names, matrix, where."
     from mhdet.metrics import confusion
+
     if files := _foreign(names, gt, [dt] if dt else []):
         classes, truth, ids, (found,) = files
         where, n = gt, len(ids)
     else:
         partition, data, found = _ask(names[0], chosen, _split_of(split), conf=conf)
         held = ", held back from train" if split == "dev" else ""
-        classes, truth, n, where = partition.names, data.records.gt, len(data), f"{split} of {names[0]}{held}"
+        classes, truth, n, where = (
+            partition.names,
+            data.records.gt,
+            len(data),
+            f"{split} of {names[0]}{held}",
+        )
     where = f"{where}: {n:,} pictures, {len(truth['label']):,} boxes"
     return classes, confusion(truth, found, len(classes), n, conf, iou), where
 
+
 @_command("data device", (0, 1), "[RUN] [key=value]...")
-def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev", SPLIT),
-             out: str = _opt(None, "Confusion CSV to write."), conf: float = _part(.25, "Least score."),
-             iou: float = _part(.5, "Least IoU."), pairs: int = _opt(15, "So many."),
-             threshold: float = _part(None, "Only pairs with at least this share confused."),
-             heads: str = _opt(None, "Head file for the blocks of heads; a RUN has its own.")):
+def _confuse(
+    names,
+    chosen,
+    gt: str = GT,
+    dt: str = DT,
+    split: str = _opt("dev", SPLIT),
+    out: str = _opt(None, "Confusion CSV to write."),
+    conf: float = _part(0.25, "Least score."),
+    iou: float = _part(0.5, "Least IoU."),
+    pairs: int = _opt(15, "So many."),
+    threshold: float = _part(None, "Only pairs with at least this share confused."),
+    heads: str = _opt(None, "Head file for the blocks of heads; a RUN has its own."),
+):
     """Which class, and which head, is taken for which.
 
     Worst pairs first; of several heads, also whose objects which one answered.
@@ -311,24 +491,42 @@ def _confuse(names, chosen, gt: str = GT, dt: str = DT, split: str = _opt("dev",
     from mhdet.experiment import find_run
     from mhdet.partition import confusability, confused_pairs, load_heads
     from mhdet.results import head_blocks, write_confusion
+
     classes, matrix, where = _seen(names, chosen, gt, dt, split, conf, iou)
     file = heads or (find_run(names[0], ROOT)[0] / "heads.yaml" if names else None)
     partition = load_heads(file, classes) if file else None
-    if out: write_confusion(out, matrix, classes)
+    if out:
+        write_confusion(out, matrix, classes)
     share = confusability(matrix, len(classes))
-    rows = [dict(a=classes[i], b=classes[j], share=share[i, j], a_as_b=matrix[i, j], b_as_a=matrix[j, i])
-            for i, j in confused_pairs(matrix, classes, pairs, threshold)]
+    rows = [
+        dict(
+            a=classes[i], b=classes[j], share=share[i, j], a_as_b=matrix[i, j], b_as_a=matrix[j, i]
+        )
+        for i, j in confused_pairs(matrix, classes, pairs, threshold)
+    ]
     text, blocks = f"{where}\n\n{_table(rows) if rows else 'no two classes were confused'}", None
     if partition and partition.nh > 1:
-        blocks, ends = head_blocks(matrix, partition.head_of), [*(h.name for h in partition.heads), "background"]
-        text += "\n\n" + _table([{"objects of": k, **dict(zip(ends, row))} for k, row in zip(ends, blocks)])
+        blocks, ends = (
+            head_blocks(matrix, partition.head_of),
+            [*(h.name for h in partition.heads), "background"],
+        )
+        text += "\n\n" + _table(
+            [{"objects of": k, **dict(zip(ends, row))} for k, row in zip(ends, blocks)]
+        )
     return dict(names=classes, matrix=matrix, pairs=rows, where=where, blocks=blocks), text
 
 # %% ../nbs/21_cli.ipynb #eca0ae33
 @_command("data device", (0, None), "[RUN...] [key=value]...")
-def _errors(names, chosen, gt: str = GT, dt: list[str] = _opt(None, "Answers, one file or several."),
-            split: str = _opt("dev", SPLIT), heads: str = _opt(None, "Head file; a RUN has its own."),
-            suspects: int = _opt(10, "Boxes to list that may be wrong."), out: str = _opt(None, "Folder for figures.")):
+def _errors(
+    names,
+    chosen,
+    gt: str = GT,
+    dt: list[str] = _opt(None, "Answers, one file or several."),
+    split: str = _opt("dev", SPLIT),
+    heads: str = _opt(None, "Head file; a RUN has its own."),
+    suspects: int = _opt(10, "Boxes to list that may be wrong."),
+    out: str = _opt(None, "Folder for figures."),
+):
     """Which mistakes cost AP, and which annotations may be wrong.
 
     Boxes are suspected by all runs or files together; only a run's can be drawn.
@@ -336,49 +534,87 @@ def _errors(names, chosen, gt: str = GT, dt: list[str] = _opt(None, "Answers, on
     from mhdet.errors import error_profile, profile_table
     from mhdet.metrics import suspects as suspected
     from mhdet.partition import load_heads
+
     if files := _foreign(names, gt, dt or []):
         (classes, truth, ids, answers), records = files, None
         heads_of = [load_heads(heads, classes).head_of if heads else None] * len(dt)
     else:
         asked = [_ask(r, chosen, _split_of(split)) for r in names]
-        records, answers, heads_of = asked[0][1].records, [a for *_, a in asked], [p.head_of for p, *_ in asked]
+        records, answers, heads_of = (
+            asked[0][1].records,
+            [a for *_, a in asked],
+            [p.head_of for p, *_ in asked],
+        )
         classes, truth, ids = records.names, records.gt, records.ids
-        if any(d.records.ids != ids for _, d, _ in asked): raise ValueError(f"{' '.join(names)}: of different data")
-    profiles = {k: error_profile(truth, a, len(classes), h) for k, a, h in zip(names or dt, answers, heads_of)}
+        if any(d.records.ids != ids for _, d, _ in asked):
+            raise ValueError(f"{' '.join(names)}: of different data")
+    profiles = {
+        k: error_profile(truth, a, len(classes), h)
+        for k, a, h in zip(names or dt, answers, heads_of)
+    }
     listed = suspected(truth, answers, len(classes))[:suspects]
     named = lambda c: None if c is None else classes[c]
-    told = [r | dict(image=ids[r["image"]], box=[round(x) for x in r["box"]], label=named(r["label"]),
-                     seen=named(r["seen"])) for r in listed]
-    if out: _draw_errors(Path(out), profiles, listed, records)
-    aps = ", ".join(f"{k}: AP50 {p['AP50']:.4f}" for k, p in profiles.items() if p["AP50"] is not None)
-    text = "\n\n".join([aps, _table(profile_table(profiles)), _table(told) if told else "no annotation is suspected"])
+    told = [
+        r
+        | dict(
+            image=ids[r["image"]],
+            box=[round(x) for x in r["box"]],
+            label=named(r["label"]),
+            seen=named(r["seen"]),
+        )
+        for r in listed
+    ]
+    if out:
+        _draw_errors(Path(out), profiles, listed, records)
+    aps = ", ".join(
+        f"{k}: AP50 {p['AP50']:.4f}" for k, p in profiles.items() if p["AP50"] is not None
+    )
+    text = "\n\n".join(
+        [
+            aps,
+            _table(profile_table(profiles)),
+            _table(told) if told else "no annotation is suspected",
+        ]
+    )
     return dict(profiles=profiles, suspects=told), text
+
 
 def _draw_errors(out, profiles, listed, records):
     import matplotlib.pyplot as plt
     from mhdet.core import theme
     from mhdet.errors import plot_profile
     from mhdet.results import plot_suspect
+
     out.mkdir(parents=True, exist_ok=True)
     theme()
     axes = {"errors": plot_profile(profiles)}
     for i, r in enumerate(listed if records else ()):
         fig, ax = plt.subplots(figsize=(5, 5))
         axes[f"suspect-{i}"] = plot_suspect(records.picture(r["image"]), r, records.names, ax)
-    for name, ax in axes.items(): ax.figure.savefig(out / f"{name}.png"), plt.close(ax.figure)
+    for name, ax in axes.items():
+        ax.figure.savefig(out / f"{name}.png"), plt.close(ax.figure)
 
 # %% ../nbs/21_cli.ipynb #5f1ddb48
 FILES = "Results files, one for each training."
 
+
 @_command("", (0, 0), "")
-def _compare(names, chosen, gt: str = _opt(..., "Truth, a COCO JSON."), a: list[str] = _opt(..., FILES, "--a"),
-             b: list[str] = _opt(..., FILES, "--b"), margin: float = _opt(.005, "Smaller differences do not matter."),
-             seed_sd: float = _opt(None, "Scatter of seeds, where one training a side cannot show it."),
-             paired: bool = _opt(False, "The k-th of b began as the k-th of a.", "--paired"),
-             heads: str = _opt(None, "Head file: mistakes within and across heads."),
-             replicates: int = _opt(2000, "Draws of pictures."), swaps: int = _opt(1000, "Exchanges; 0: none."),
-             seed: int = _opt(0, "Of the draws."), out: str = _opt("compare", "Folder of the report."),
-             fail_if: str = _opt(None, "Verdicts, by comma, that end with code 1.")):
+def _compare(
+    names,
+    chosen,
+    gt: str = _opt(..., "Truth, a COCO JSON."),
+    a: list[str] = _opt(..., FILES, "--a"),
+    b: list[str] = _opt(..., FILES, "--b"),
+    margin: float = _opt(0.005, "Smaller differences do not matter."),
+    seed_sd: float = _opt(None, "Scatter of seeds, where one training a side cannot show it."),
+    paired: bool = _opt(False, "The k-th of b began as the k-th of a.", "--paired"),
+    heads: str = _opt(None, "Head file: mistakes within and across heads."),
+    replicates: int = _opt(2000, "Draws of pictures."),
+    swaps: int = _opt(1000, "Exchanges; 0: none."),
+    seed: int = _opt(0, "Of the draws."),
+    out: str = _opt("compare", "Folder of the report."),
+    fail_if: str = _opt(None, "Verdicts, by comma, that end with code 1."),
+):
     """Two methods, from the results files of any framework.
 
     Difference of AP50 and AP with interval, verdict, what would decide it, mistakes, classes, confusion.
@@ -387,17 +623,26 @@ def _compare(names, chosen, gt: str = _opt(..., "Truth, a COCO JSON."), a: list[
     from mhdet.partition import load_heads
     from mhdet.results import read_gt
     from mhdet.versus import versus, versus_table, write_versus
-    verdicts, unwanted = ("better", "worse", "equivalent", "undecided"), fail_if.split(",") if fail_if else []
+
+    verdicts, unwanted = (
+        ("better", "worse", "equivalent", "undecided"),
+        fail_if.split(",") if fail_if else [],
+    )
     if odd := [v for v in unwanted if v not in verdicts]:
         raise ValueError(f"--fail-if: '{odd[0]}' is none of {', '.join(verdicts)}")
     head_of = load_heads(heads, read_gt(gt)[0]).head_of if heads else None
     found = versus(gt, a, b, margin, seed_sd, paired, replicates, swaps, seed, head_of)
     report = write_versus(out, found, head_of)
-    text = [_table(versus_table(found)), _table(profile_table(found["errors"])), f"{found['sentence']}\n{report}"]
+    text = [
+        _table(versus_table(found)),
+        _table(profile_table(found["errors"])),
+        f"{found['sentence']}\n{report}",
+    ]
     return found, "\n\n".join(text), found["verdict"] in unwanted
 
+
 @_command("data device", (1, 1), "RUN [key=value]...")
-def _calibrate(names, chosen, conf: float = _part(.25, "Score at which P and R are shown.")):
+def _calibrate(names, chosen, conf: float = _part(0.25, "Score at which P and R are shown.")):
     """Make scores mean the same in every head: two numbers a head.
 
     Fitted on dev, judged on val, kept in the run; detect --calibrated uses them. No AP changes.
@@ -405,118 +650,206 @@ def _calibrate(names, chosen, conf: float = _part(.25, "Score at which P and R a
     from mhdet.calibration import calibrate, fit_calibration, reliability
     from mhdet.experiment import find_run
     from mhdet.metrics import evaluate, match_dets
+
     partition, dev, found = _ask(names[0], chosen, _split_of("dev"))
     nc, head_of = len(partition.names), partition.head_of
     fitted = fit_calibration(match_dets(dev.records.gt, found, nc), head_of)
     _, val, found = _ask(names[0], chosen, _split_of("val"))
     sides = dict(before=found, after=calibrate(found, fitted, head_of))
-    use = {k: evaluate(val.records.gt, d, partition.names, len(val), "coco", conf=conf) for k, d in sides.items()}
-    ece = {k: [r["ece"] for r in reliability(match_dets(val.records.gt, d, nc), head_of)] for k, d in sides.items()}
-    rows = [dict(head=h.name, scale=s, bias=b, ece_before=x, ece_after=y)
-            for h, (s, b), x, y in zip(partition.heads, fitted, *ece.values())]
-    used = [dict(scores=k, AP50=v["coco"]["AP50"], **{x: v[x] for x in ("P", "R", "F1")}) for k, v in use.items()]
+    use = {
+        k: evaluate(val.records.gt, d, partition.names, len(val), "coco", conf=conf)
+        for k, d in sides.items()
+    }
+    ece = {
+        k: [r["ece"] for r in reliability(match_dets(val.records.gt, d, nc), head_of)]
+        for k, d in sides.items()
+    }
+    rows = [
+        dict(head=h.name, scale=s, bias=b, ece_before=x, ece_after=y)
+        for h, (s, b), x, y in zip(partition.heads, fitted, *ece.values())
+    ]
+    used = [
+        dict(scores=k, AP50=v["coco"]["AP50"], **{x: v[x] for x in ("P", "R", "F1")})
+        for k, v in use.items()
+    ]
     path = find_run(names[0], ROOT)[0] / "calibration.json"
     path.write_text(json.dumps(fitted.tolist()), encoding="utf8")
-    return dict(heads=rows, use=used, path=str(path)), f"{_table(rows)}\n\n{_table(used)}\n\nat score {conf:g}; {path}"
+    return dict(
+        heads=rows, use=used, path=str(path)
+    ), f"{_table(rows)}\n\n{_table(used)}\n\nat score {conf:g}; {path}"
 
 # %% ../nbs/21_cli.ipynb #57fe775c
 STRATEGIES = "anti_confusion optimal together standard geometry hybrid random single".split()
+
 
 def _facts(confusion, counts, chosen, seen):
     "Class names, boxes per class, confusion matrix, annotations: from what was given, COCO's names from nothing."
     import numpy as np, pandas as pd
     from mhdet.results import read_confusion
     from mhdet.partition import read_counts
+
     names, matrix = seen or (read_confusion(confusion)[::-1] if confusion else (None, None))
     boxes, gt = None if matrix is None else matrix[:-1].sum(1), None
     if data := chosen.get("data"):
         from mhdet.data import open_data
-        train = open_data(data, "train", chosen.get("dev", .15))["train"]
-        if names not in (None, train.names): raise ValueError(f"{confusion}: its classes are not those of {data}")
-        names, gt, boxes = train.names, train.gt, np.bincount(train.gt["label"], minlength=len(train.names))
+
+        train = open_data(data, "train", chosen.get("dev", 0.15))["train"]
+        if names not in (None, train.names):
+            raise ValueError(f"{confusion}: its classes are not those of {data}")
+        names, gt, boxes = (
+            train.names,
+            train.gt,
+            np.bincount(train.gt["label"], minlength=len(train.names)),
+        )
     if counts:
         names = names or pd.read_csv(counts).get("name", pd.Series()).tolist()
         boxes = read_counts(counts, names)
-    if names: return names, boxes, matrix, gt
+    if names:
+        return names, boxes, matrix, gt
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights as weights
-    return [n for n in weights.COCO_V1.meta["categories"] if n not in ("__background__", "N/A")], None, None, None
+
+    return (
+        [n for n in weights.COCO_V1.meta["categories"] if n not in ("__background__", "N/A")],
+        None,
+        None,
+        None,
+    )
+
 
 def _need(strategy, confusion, pairs, gt, counts):
     "Refuse a strategy that was not told what it goes by."
-    if strategy not in STRATEGIES: raise ValueError(f"--strategy: '{strategy}' is none of {', '.join(STRATEGIES)}")
-    lacks = {"anti_confusion": not (confusion or pairs) and "--confusion, --pairs or a RUN",
-             "together": not confusion and "--confusion or a RUN",
-            "geometry": not gt and "--data", "hybrid": not gt and "--data",
-             "optimal": not (confusion or pairs or gt or counts) and "--confusion, a RUN, --pairs, --data or --counts"}
-    if lack := lacks.get(strategy): raise ValueError(f"{strategy}: {lack} is due")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"--strategy: '{strategy}' is none of {', '.join(STRATEGIES)}")
+    lacks = {
+        "anti_confusion": not (confusion or pairs) and "--confusion, --pairs or a RUN",
+        "together": not confusion and "--confusion or a RUN",
+        "geometry": not gt and "--data",
+        "hybrid": not gt and "--data",
+        "optimal": not (confusion or pairs or gt or counts)
+        and "--confusion, a RUN, --pairs, --data or --counts",
+    }
+    if lack := lacks.get(strategy):
+        raise ValueError(f"{strategy}: {lack} is due")
 
-def _made(strategy, classes, boxes, matrix, gt, apart, wish, heads, lone, rules, groups, alpha, seed):
+
+def _made(
+    strategy, classes, boxes, matrix, gt, apart, wish, heads, lone, rules, groups, alpha, seed
+):
     "The partition of a strategy."
-    from mhdet.partition import Partition, anti_confusion, class_stats, geometry, hybrid, optimal, random_heads
+    from mhdet.partition import (
+        Partition,
+        anti_confusion,
+        class_stats,
+        geometry,
+        hybrid,
+        optimal,
+        random_heads,
+    )
     from mhdet.partition import read_groups, standard, together
+
     stats = lambda: class_stats(gt, len(classes))
-    by = {"anti_confusion": lambda: anti_confusion(classes, apart, boxes, heads, **lone),
-          "optimal": lambda: optimal(classes, boxes, heads, matrix, wish.pairs, join=wish.together, **lone, **rules),
-          "together": lambda: together(classes, matrix, heads, seed),
-          "standard": lambda: standard(classes, read_groups(groups)) if groups else standard(classes),
-          "geometry": lambda: geometry(classes, stats().log_ratio, heads, seed),
-          "hybrid": lambda: hybrid(classes, stats(), heads, alpha, seed=seed),
-          "random": lambda: random_heads(classes, heads, seed, boxes),
-          "single": lambda: Partition.single(classes)}
+    by = {
+        "anti_confusion": lambda: anti_confusion(classes, apart, boxes, heads, **lone),
+        "optimal": lambda: optimal(
+            classes, boxes, heads, matrix, wish.pairs, join=wish.together, **lone, **rules
+        ),
+        "together": lambda: together(classes, matrix, heads, seed),
+        "standard": lambda: standard(classes, read_groups(groups)) if groups else standard(classes),
+        "geometry": lambda: geometry(classes, stats().log_ratio, heads, seed),
+        "hybrid": lambda: hybrid(classes, stats(), heads, alpha, seed=seed),
+        "random": lambda: random_heads(classes, heads, seed, boxes),
+        "single": lambda: Partition.single(classes),
+    }
     return by[strategy]()
 
 # %% ../nbs/21_cli.ipynb #13b64e40
 @_command("data dev seed device", (0, 1), "[RUN] [key=value]...")
-def _partition(names, chosen, strategy: str = _opt("anti_confusion", f"{', '.join(STRATEGIES)}."),
-               heads: int = _opt(4, "How many."), confusion: str = _opt(None, "Confusion CSV; instead of a RUN."),
-               pairs: str = _opt(None, "YAML of pairs, solo classes, classes together."),
-               counts: str = _opt(None, "CSV of boxes per class; without it --data's train, or the confusion's rows."),
-               groups: str = _opt(None, "Groups file for standard."),
-               k: int = _opt(None, "Confused pairs to part; as many as classes."),
-               threshold: float = _part(None, "Confused pairs to part: at least this share."),
-               share: float = _opt(None, "A class with more of the boxes stands alone; 1 / heads."),
-               imbalance: float = _opt(None, "optimal: most boxes of a head over fewest; as greedy, or 1.05."),
-               class_imbalance: float = _opt(None, "optimal: the same for classes."),
-               alpha: float = _opt(.5, "hybrid: weight of shape against company."),
-               time_limit: float = _opt(60., "optimal: seconds."),
-               gap: float = _opt(0., "optimal: gap that is enough."),
-               conf: float = _part(.25, "RUN: least score."),
-               weights: str = _opt("equal", "Of the heads in the loss: equal, balanced."),
-               out: str = _opt(None, "Head file to write.")):
+def _partition(
+    names,
+    chosen,
+    strategy: str = _opt("anti_confusion", f"{', '.join(STRATEGIES)}."),
+    heads: int = _opt(4, "How many."),
+    confusion: str = _opt(None, "Confusion CSV; instead of a RUN."),
+    pairs: str = _opt(None, "YAML of pairs, solo classes, classes together."),
+    counts: str = _opt(
+        None, "CSV of boxes per class; without it --data's train, or the confusion's rows."
+    ),
+    groups: str = _opt(None, "Groups file for standard."),
+    k: int = _opt(None, "Confused pairs to part; as many as classes."),
+    threshold: float = _part(None, "Confused pairs to part: at least this share."),
+    share: float = _opt(None, "A class with more of the boxes stands alone; 1 / heads."),
+    imbalance: float = _opt(None, "optimal: most boxes of a head over fewest; as greedy, or 1.05."),
+    class_imbalance: float = _opt(None, "optimal: the same for classes."),
+    alpha: float = _opt(0.5, "hybrid: weight of shape against company."),
+    time_limit: float = _opt(60.0, "optimal: seconds."),
+    gap: float = _opt(0.0, "optimal: gap that is enough."),
+    conf: float = _part(0.25, "RUN: least score."),
+    weights: str = _opt("equal", "Of the heads in the loss: equal, balanced."),
+    out: str = _opt(None, "Head file to write."),
+):
     "Which classes share a head: a head file and its card."
-    from mhdet.partition import Pairs, balanced, card, card_text, confused_pairs, read_pairs, save_heads
+    from mhdet.partition import (
+        Pairs,
+        balanced,
+        card,
+        card_text,
+        confused_pairs,
+        read_pairs,
+        save_heads,
+    )
+
     strategy = strategy.replace("-", "_").replace("random_heads", "random")
-    if names and confusion: raise ValueError(f"either a RUN or --confusion is due, got {names[0]} and {confusion}")
-    if weights not in ("equal", "balanced"): raise ValueError(f"--weights: '{weights}' is none of equal, balanced")
+    if names and confusion:
+        raise ValueError(f"either a RUN or --confusion is due, got {names[0]} and {confusion}")
+    if weights not in ("equal", "balanced"):
+        raise ValueError(f"--weights: '{weights}' is none of equal, balanced")
     _need(strategy, confusion or names, pairs, chosen.get("data"), counts)
-    *seen, where = _seen(names, chosen, None, None, "dev", conf, .5) if names else (None,)
+    *seen, where = _seen(names, chosen, None, None, "dev", conf, 0.5) if names else (None,)
     classes, boxes, matrix, gt = _facts(confusion, counts, chosen, seen)
     wish = read_pairs(pairs, classes) if pairs else Pairs([], [], [])
     if wish.together and strategy != "optimal":
         print(f"mhdet: {pairs}: {strategy} takes no notice of 'together'", file=sys.stderr)
-    apart = wish.pairs + (confused_pairs(matrix, classes, k or len(classes), threshold) if matrix is not None else [])
+    apart = wish.pairs + (
+        confused_pairs(matrix, classes, k or len(classes), threshold) if matrix is not None else []
+    )
     lone = dict(solo=wish.solo, share=1 / heads if boxes is not None and share is None else share)
-    rules = dict(imbalance=imbalance, class_imbalance=class_imbalance, time_limit=time_limit, gap=gap)
+    rules = dict(
+        imbalance=imbalance, class_imbalance=class_imbalance, time_limit=time_limit, gap=gap
+    )
     seed = chosen.get("seed", 0)
-    made = _made(strategy, classes, boxes, matrix, gt, apart, wish, heads, lone, rules, groups, alpha, seed)
-    if weights == "balanced": made = balanced(made, boxes)
+    made = _made(
+        strategy, classes, boxes, matrix, gt, apart, wish, heads, lone, rules, groups, alpha, seed
+    )
+    if weights == "balanced":
+        made = balanced(made, boxes)
     facts = card(made, boxes, matrix, sorted({(min(a), max(a)) for a in apart}))
-    if out: save_heads(out, made)
+    if out:
+        save_heads(out, made)
     return facts, "\n".join([*([f"confusion: {where}"] if where else []), card_text(made, facts)])
 
 # %% ../nbs/21_cli.ipynb #163ae8ef
 @_command("", (1, 1), "RUN")
-def _split(names, chosen, heads: str = _opt(..., "Head file."), out: str = _opt(..., "Name or path of the new run.")):
+def _split(
+    names,
+    chosen,
+    heads: str = _opt(..., "Head file."),
+    out: str = _opt(..., "Name or path of the new run."),
+):
     "Split a trained run's heads; the answers stay the same."
     from mhdet.core import new_run
     from mhdet.experiment import load_run
     from mhdet.heads import split_heads
     from mhdet.partition import load_heads, save_heads
     from mhdet.store import save
+
     model, cfg = load_run(names[0], ROOT)
     new, folder = split_heads(model, load_heads(heads, model.head.partition.names)), Path(out)
-    if folder.name == out: folder = Path(ROOT) / out
-    run = new_run(cfg.override(run=folder.name, heads=str(folder / "heads.yaml"), weights=names[0]), folder.parent)
+    if folder.name == out:
+        folder = Path(ROOT) / out
+    run = new_run(
+        cfg.override(run=folder.name, heads=str(folder / "heads.yaml"), weights=names[0]),
+        folder.parent,
+    )
     save_heads(run / "heads.yaml", new.head.partition)
     save(run / "last", {"model": new.state_dict()}, {"split_of": names[0]})
     env = json.loads((run / "env.json").read_text()) | dict(stopped=f"split of {names[0]}")
@@ -538,6 +871,7 @@ def _plot(names, chosen, out: str = _opt("figures", "Folder.")):
     from mhdet.experiment import find_run, plateau, plot_runs
     from mhdet.partition import load_heads
     from mhdet.results import plot_confusion, read_confusion
+
     folders, out = {r: find_run(r, ROOT)[0] for r in names}, Path(out)
     theme()
     figures, tables, ends = {"dynamics.png": plot_runs(folders)[0].figure}, {}, []
@@ -547,19 +881,25 @@ def _plot(names, chosen, out: str = _opt("figures", "Folder.")):
         tables[f"{name}.csv"] = pd.DataFrame(rows)
         ends.append(dict(run=ref) | plateau(rows))
         if (run / "confusion.csv").is_file():
-            ax = plot_confusion(*read_confusion(run / "confusion.csv"), load_heads(run / "heads.yaml").head_of)
+            ax = plot_confusion(
+                *read_confusion(run / "confusion.csv"), load_heads(run / "heads.yaml").head_of
+            )
             figures[f"confusion-{name}.png"] = ax.figure
     tables["plateau.csv"] = pd.DataFrame(ends)
     out.mkdir(parents=True, exist_ok=True)
-    for name, fig in figures.items(): fig.savefig(out / name), plt.close(fig)
-    for name, table in tables.items(): table.to_csv(out / name, index=False)
+    for name, fig in figures.items():
+        fig.savefig(out / name), plt.close(fig)
+    for name, table in tables.items():
+        table.to_csv(out / name, index=False)
     made = [str(out / name) for name in (*figures, *tables)]
     return made, "\n".join([_table(ends), "", *made])
+
 
 @_command("", metavar="")
 def _runs(names, chosen):
     "Every run: state, epoch, time left, AP50; best first."
     from mhdet.experiment import load_runs
+
     table = load_runs(ROOT)
     return table, table
 
@@ -569,39 +909,60 @@ def _draw(picture, found, partition, ax):
     import matplotlib.pyplot as plt
     from mhdet.core import HEAD_COLORS
     from mhdet.results import plot_boxes
+
     plot_boxes(picture, found, partition.names, partition.head_of, ax=ax)
-    chips = [plt.Line2D([], [], color=c, lw=4, label=h.name) for c, h in zip(HEAD_COLORS * 9, partition.heads)]
-    ax.legend(handles=chips, loc="upper center", bbox_to_anchor=(.5, 0), ncols=min(4, len(chips)))
+    chips = [
+        plt.Line2D([], [], color=c, lw=4, label=h.name)
+        for c, h in zip(HEAD_COLORS * 9, partition.heads)
+    ]
+    ax.legend(handles=chips, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, len(chips)))
     return ax
+
 
 def _pictures(paths, names):
     "Records of pictures without truth; a folder stands for the pictures in it."
     import numpy as np
     from mhdet.data import COLUMNS, SUFFIXES, ClassMap, Records
-    inside = lambda p: sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES) if p.is_dir() else [p]
+
+    inside = lambda p: (
+        sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES) if p.is_dir() else [p]
+    )
     files = [f for p in map(Path, paths) for f in inside(p)]
-    if lost := [f for f in files if not f.is_file()]: raise FileNotFoundError(f"{lost[0]}: no such picture")
+    if lost := [f for f in files if not f.is_file()]:
+        raise FileNotFoundError(f"{lost[0]}: no such picture")
     where, kinds = ", ".join(map(str, paths)), ", ".join(sorted(SUFFIXES))
-    if not files: raise ValueError(f"{where}: no pictures; those are files {kinds}")
+    if not files:
+        raise ValueError(f"{where}: no pictures; those are files {kinds}")
     ids = [int(f.stem) if f.stem.isdecimal() else f.stem for f in files]
-    if len(set(ids)) < len(ids): ids = [str(f) for f in files]
+    if len(set(ids)) < len(ids):
+        ids = [str(f) for f in files]
     gt = {k: np.zeros(0, kind) for k, kind in COLUMNS.items()} | {"box": np.zeros((0, 4))}
-    return Records(ClassMap(names, list(range(len(names)))), ids, files, np.zeros((len(files), 2), int), gt)
+    return Records(
+        ClassMap(names, list(range(len(names)))), ids, files, np.zeros((len(files), 2), int), gt
+    )
 
 # %% ../nbs/21_cli.ipynb #bc3c6e9b
 def _calibrated(ref, found, head_of, conf):
     "Answers with a run's calibrated scores, those of at least `conf`."
     from mhdet.calibration import calibrate
     from mhdet.experiment import find_run
+
     path = find_run(ref, ROOT)[0] / "calibration.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; mhdet calibrate {ref} makes it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; mhdet calibrate {ref} makes it")
     found = calibrate(found, json.loads(path.read_text()), head_of)
     return {k: v[found["score"] >= conf] for k, v in found.items()}
 
+
 @_command("device nms_iou max_det", (2, None), "RUN PICTURE... [key=value]...")
-def _detect(names, chosen, out: str = _opt("detections", "Folder."), conf: float = _part(.25, "Least score."),
-            one_label: bool = _opt(False, "One class for each place.", "--one-label"),
-            calibrated: bool = _opt(False, "With the scores of mhdet calibrate.", "--calibrated")):
+def _detect(
+    names,
+    chosen,
+    out: str = _opt("detections", "Folder."),
+    conf: float = _part(0.25, "Least score."),
+    one_label: bool = _opt(False, "One class for each place.", "--one-label"),
+    calibrated: bool = _opt(False, "With the scores of mhdet calibrate.", "--calibrated"),
+):
     """Draw a run's answers, coloured by head.
 
     They are also written as COCO results; image_id is the file's number, or its name.
@@ -609,44 +970,78 @@ def _detect(names, chosen, out: str = _opt("detections", "Folder."), conf: float
     import matplotlib.pyplot as plt
     from mhdet.core import theme
     from mhdet.results import write_results
+
     paths = lambda _, classes: _pictures(names[1:], classes)
-    partition, data, found = _ask(names[0], chosen, paths, one_label=one_label, **{} if calibrated else {"conf": conf})
-    if calibrated: found = _calibrated(names[0], found, partition.head_of, conf)
+    partition, data, found = _ask(
+        names[0], chosen, paths, one_label=one_label, **{} if calibrated else {"conf": conf}
+    )
+    if calibrated:
+        found = _calibrated(names[0], found, partition.head_of, conf)
     out, records = Path(out), data.records
     out.mkdir(parents=True, exist_ok=True)
     write_results(out / "detections.json", found, records.ids, records.classes.ids)
     theme()
     for i, id in enumerate(records.ids):
-        fig, ax = plt.subplots(figsize=(8, 8 * records.sizes[i][1] / records.sizes[i][0] + .4))
-        _draw(records.picture(i), {k: v[found["image"] == i] for k, v in found.items()}, partition, ax)
+        fig, ax = plt.subplots(figsize=(8, 8 * records.sizes[i][1] / records.sizes[i][0] + 0.4))
+        _draw(
+            records.picture(i), {k: v[found["image"] == i] for k, v in found.items()}, partition, ax
+        )
         fig.savefig(out / f"{str(id).strip('./').replace('/', '_')}.png")
         plt.close(fig)
     unread = records.problems.get("unreadable picture", [])
-    for place in unread: print(f"mhdet: not read: {place}", file=sys.stderr)
-    facts = dict(pictures=len(data), unreadable=len(unread), detections=len(found["score"]), out=str(out))
+    for place in unread:
+        print(f"mhdet: not read: {place}", file=sys.stderr)
+    facts = dict(
+        pictures=len(data), unreadable=len(unread), detections=len(found["score"]), out=str(out)
+    )
     return facts, [facts]
 
 # %% ../nbs/21_cli.ipynb #190fa778
 @_command("data", (0, 1), "[DATA]")
-def _data(names, chosen, resize: int = _opt(None, "Long side of a resized copy, px."),
-          out: str = _opt(None, "Folder of the copy.")):
+def _data(
+    names,
+    chosen,
+    resize: int = _opt(None, "Long side of a resized copy, px."),
+    out: str = _opt(None, "Folder of the copy."),
+):
     """What is in a data set, and what is wrong with it.
 
     Counted and listed, nothing rewritten.
     """
     from mhdet.data import census, check_pictures, open_data, resize_copy
-    if bool(resize) != bool(out): raise ValueError("--resize and --out are due together")
-    if names and "data" in chosen: raise ValueError(f"{names[0]} and data={chosen['data']}: one data set is due")
+
+    if bool(resize) != bool(out):
+        raise ValueError("--resize and --out are due together")
+    if names and "data" in chosen:
+        raise ValueError(f"{names[0]} and data={chosen['data']}: one data set is due")
     splits = open_data(next(iter(names), chosen.get("data", "toy")), dev=0)
     splits = {k: check_pictures(r) for k, r in splits.items()}
-    value = {k: census(r) | dict(listed={kind: v[:10] for kind, v in r.problems.items()}) for k, r in splits.items()}
-    facts, classes = ("images", "boxes", "difficult", "crowd", "empty"), next(iter(splits.values())).names
-    rows = [dict(split=k, **{n: v[n] for n in facts}, problems=sum(v["problems"].values())) for k, v in value.items()]
-    classes = [dict({"class": c}, **{k: v["per_class"][c] for k, v in value.items()}) for c in classes]
-    wrong = ["\n  ".join([f"{k}: {kind}: {n}", *v["listed"][kind], *["..."] * (n > 10)])
-             for k, v in value.items() for kind, n in v["problems"].items()]
-    if out: resize_copy(splits, resize, out)
-    return dict(splits=value), "\n\n".join([_table(rows), _table(classes), "\n".join(wrong) or "nothing wrong"])
+    value = {
+        k: census(r) | dict(listed={kind: v[:10] for kind, v in r.problems.items()})
+        for k, r in splits.items()
+    }
+    facts, classes = (
+        ("images", "boxes", "difficult", "crowd", "empty"),
+        next(iter(splits.values())).names,
+    )
+    rows = [
+        dict(split=k, **{n: v[n] for n in facts}, problems=sum(v["problems"].values()))
+        for k, v in value.items()
+    ]
+    classes = [
+        dict({"class": c}, **{k: v["per_class"][c] for k, v in value.items()}) for c in classes
+    ]
+    wrong = [
+        "\n  ".join([f"{k}: {kind}: {n}", *v["listed"][kind], *["..."] * (n > 10)])
+        for k, v in value.items()
+        for kind, n in v["problems"].items()
+    ]
+    if out:
+        resize_copy(splits, resize, out)
+    return dict(splits=value), "\n\n".join(
+        [_table(rows), _table(classes), "\n".join(wrong) or "nothing wrong"]
+    )
+
 
 @_command("", metavar="")
 def _check(names, chosen, fixtures: str = _opt(..., "Folder of NAME.json and NAME.npz.")):
@@ -655,37 +1050,55 @@ def _check(names, chosen, fixtures: str = _opt(..., "Folder of NAME.json and NAM
     Exit 1 if one is off; fixtures of a kind it does not know are passed over.
     """
     from mhdet.check import check
+
     rows = check(fixtures)
     return rows, rows, any(r["ok"] is False for r in rows)
+
 
 @_command("device")
 def _bench(names, chosen, quick: bool = _opt(False, "Fewer repetitions.", "--quick")):
     "Speed and memory, as ratios measured in one run."
     from mhdet.bench import bench, bench_table
+
     found = bench(chosen.get("device", "cpu"), quick)
     return found, bench_table(found).rename_axis("ratio").reset_index()
 
 # %% ../nbs/21_cli.ipynb #d1e22bcb
 @_command("imgsz nms_iou max_det", (1, 1), "RUN [key=value]...")
-def _export(names, chosen, out: str = _opt(..., "The file."),
-            nms: bool = _opt(False, "With suppression inside.", "--nms"),
-            conf: float = _opt(None, "Least score, with --nms; .25 if not given."),
-            one_label: bool = _opt(False, "One class for each place, with --nms.", "--one-label")):
+def _export(
+    names,
+    chosen,
+    out: str = _opt(..., "The file."),
+    nms: bool = _opt(False, "With suppression inside.", "--nms"),
+    conf: float = _opt(None, "Least score, with --nms; .25 if not given."),
+    one_label: bool = _opt(False, "One class for each place, with --nms.", "--one-label"),
+):
     """A run as one ONNX file, checked against the model.
 
     Names, heads and letterbox are in its metadata. Without --nms it gives boxes and scores.
     """
     from mhdet.experiment import limits, load_run
     from mhdet.export import to_onnx
-    idle = [k for k, v in (chosen | dict(conf=conf, one_label=one_label or None)).items() if v is not None]
+
+    idle = [
+        k
+        for k, v in (chosen | dict(conf=conf, one_label=one_label or None)).items()
+        if v is not None
+    ]
     idle = [k for k in idle if k != "imgsz"]
-    if idle and not nms: raise ValueError(f"'{idle[0]}' changes nothing without --nms")
-    if Path(out).exists(): raise FileExistsError(f"{out}: exists already; give another --out")
+    if idle and not nms:
+        raise ValueError(f"'{idle[0]}' changes nothing without --nms")
+    if Path(out).exists():
+        raise FileExistsError(f"{out}: exists already; give another --out")
     model, cfg = load_run(names[0], ROOT)
     cfg = cfg.override(**chosen)
-    inside = limits(cfg, conf=.25 if conf is None else conf, one_label=one_label) if nms else None
+    inside = limits(cfg, conf=0.25 if conf is None else conf, one_label=one_label) if nms else None
     facts = dict(run=names[0]) | to_onnx(model, out, cfg.data.imgsz, inside)
-    rows = [dict(tensor=k, of=of[:-1], form=v) for of in ("inputs", "outputs") for k, v in facts[of].items()]
+    rows = [
+        dict(tensor=k, of=of[:-1], form=v)
+        for of in ("inputs", "outputs")
+        for k, v in facts[of].items()
+    ]
     brief = {k: v for k, v in facts.items() if k not in ("inputs", "outputs")}
     return facts, f"{_table([brief])}\n\n{_table(rows)}"
 
@@ -694,25 +1107,40 @@ def _needs(cfg, nc=80):
     "Bytes that weights and a picture in training need, in fp32: measured on one."
     import torch
     from mhdet.experiment import build, make_loss
+
     model, kept = build(cfg.override(heads=None, weights=None), [str(i) for i in range(nc)]), {}
+
     def pack(t):
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
-    x, target = torch.zeros(1, 3, cfg.data.imgsz, cfg.data.imgsz), torch.tensor([[0., 0, .5, .5, .5, .5]])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): loss = make_loss(cfg, model)(model(x), target)
+
+    x, target = (
+        torch.zeros(1, 3, cfg.data.imgsz, cfg.data.imgsz),
+        torch.tensor([[0.0, 0, 0.5, 0.5, 0.5, 0.5]]),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = make_loss(cfg, model)(model(x), target)
     weights = sum(p.nbytes for p in model.parameters())
-    del loss                                                                 # until here it holds what was kept
-    return 4 * weights, sum(kept.values()) - weights                         # weights, gradient, momentum, average
+    del loss  # until here it holds what was kept
+    return 4 * weights, sum(kept.values()) - weights  # weights, gradient, momentum, average
+
 
 def _batches(batch, free, weights, picture):
     "Memory by batch size, doubled until one does not fit, and for the batch at hand; which is the largest that fits."
     needs, fits = lambda b: weights + b * picture, lambda b: weights + b * picture <= free
     sizes = [1]
-    while fits(sizes[-1]): sizes.append(2 * sizes[-1])
-    rows = [dict(batch=b, gib=round(needs(b) / 2 ** 30, 3), fits=fits(b)) for b in sorted({*sizes, batch})]
+    while fits(sizes[-1]):
+        sizes.append(2 * sizes[-1])
+    rows = [
+        dict(batch=b, gib=round(needs(b) / 2**30, 3), fits=fits(b)) for b in sorted({*sizes, batch})
+    ]
     largest = max((r["batch"] for r in rows if r["fits"]), default=0)
-    note = lambda b: ", ".join(["largest that fits"] * (b == largest) + ["asked for"] * (b == batch))
-    return rows, _table([r | dict(fits="yes" if r["fits"] else "no", note=note(r["batch"])) for r in rows])
+    note = lambda b: ", ".join(
+        ["largest that fits"] * (b == largest) + ["asked for"] * (b == batch)
+    )
+    return rows, _table(
+        [r | dict(fits="yes" if r["fits"] else "no", note=note(r["batch"])) for r in rows]
+    )
 
 # %% ../nbs/21_cli.ipynb #f30cf704
 @_command()
@@ -723,26 +1151,43 @@ def _doctor(names, chosen):
     """
     import importlib.util, shutil, psutil, torch
     from mhdet.core import environment, load_cfg
+
     cfg, env, cuda = load_cfg(chosen), environment(), torch.cuda.is_available()
     d, gpu = cfg.data, cuda and cfg.train.device != "cpu"
     (weights, picture), disk = _needs(cfg), shutil.disk_usage(".").free
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
     batch, (batches, table) = d.batch * picture, _batches(d.batch, free, weights, picture)
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else math.inf
-    faults = {"device=cuda, but torch sees no GPU": cfg.train.device.startswith("cuda") and not cuda,
-              "a GPU that torch cannot use: driver, or CPU build of torch": Path("/dev/nvidia0").exists() and not cuda,
-              "the batch does not fit into free memory: smaller batch=, imgsz= or width=": weights + batch > free,
-              "/dev/shm is too small for the loader: workers=0": d.workers * 2 * d.batch * 3 * d.imgsz ** 2 > shared,
-              "less than 1 GiB of disk left": disk < 2 ** 30, "no right to write here": not os.access(".", os.W_OK),
-              **{f"{m} is missing": not importlib.util.find_spec(m) for m in ("pycocotools", "faster_coco_eval")}}
+    faults = {
+        "device=cuda, but torch sees no GPU": cfg.train.device.startswith("cuda") and not cuda,
+        "a GPU that torch cannot use: driver, or CPU build of torch": Path("/dev/nvidia0").exists()
+        and not cuda,
+        "the batch does not fit into free memory: smaller batch=, imgsz= or width=": weights + batch
+        > free,
+        "/dev/shm is too small for the loader: workers=0": d.workers * 2 * d.batch * 3 * d.imgsz**2
+        > shared,
+        "less than 1 GiB of disk left": disk < 2**30,
+        "no right to write here": not os.access(".", os.W_OK),
+        **{
+            f"{m} is missing": not importlib.util.find_spec(m)
+            for m in ("pycocotools", "faster_coco_eval")
+        },
+    }
     sizes = dict(memory_free=free, disk_free=disk, weights_need=weights, batch_needs=batch)
     facts = env["versions"] | {k: env[k] for k in ("commit", "device", "threads")}
-    facts |= dict(cuda=torch.version.cuda if cuda else None, cpus=os.cpu_count(), batch=d.batch, imgsz=d.imgsz,
-                  width=cfg.net.width, **{f"{k}_gib": round(v / 2 ** 30, 2) for k, v in sizes.items()})
+    facts |= dict(
+        cuda=torch.version.cuda if cuda else None,
+        cpus=os.cpu_count(),
+        batch=d.batch,
+        imgsz=d.imgsz,
+        width=cfg.net.width,
+        **{f"{k}_gib": round(v / 2**30, 2) for k, v in sizes.items()},
+    )
     wrong = [k for k, bad in faults.items() if bad]
     text = [f"{k:18}{'-' if v is None else v}" for k, v in facts.items()]
     text = "\n".join([*text, "", table, "", *(wrong or ["nothing wrong"])])
     return facts | dict(batches=batches, wrong=wrong), text, bool(wrong)
+
 
 @app.command("lab", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def _lab(ctx: typer.Context):
@@ -751,12 +1196,20 @@ def _lab(ctx: typer.Context):
     That of the clone that one is in, or that is installed; more words go to JupyterLab.
     """
     import importlib.util
-    if not importlib.util.find_spec("jupyterlab"): raise ValueError("JupyterLab is missing: pip install jupyterlab")
+
+    if not importlib.util.find_spec("jupyterlab"):
+        raise ValueError("JupyterLab is missing: pip install jupyterlab")
     clones = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
     book = next((p / "nbs" for p in clones if (p / "nbs/00_core.ipynb").is_file()), None)
-    if book: os.chdir(book)
-    else: typer.echo("no workbook here: it is in the repository, not in the package; this folder is opened", err=True)
+    if book:
+        os.chdir(book)
+    else:
+        typer.echo(
+            "no workbook here: it is in the repository, not in the package; this folder is opened",
+            err=True,
+        )
     os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *ctx.args])
 
 # %% ../nbs/21_cli.ipynb #a902fc7a
-if __name__ == "__main__" and globals().get("__spec__"): app()                 # python -m mhdet.cli; not in a notebook
+if __name__ == "__main__" and globals().get("__spec__"):
+    app()  # python -m mhdet.cli; not in a notebook

@@ -26,6 +26,7 @@ _Whole, _Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
 _Amount, _Above = Annotated[float, Meta(ge=0)], Annotated[float, Meta(gt=0)]
 _Share, _Part = Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, lt=1)]
 
+
 class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What is looked at: pictures, their size, and what may be done to them.
 
@@ -37,33 +38,34 @@ class DataCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     A value of another type or out of range and an unknown name raise `msgspec.ValidationError` (a `ValueError`).
     Source: own.
     """
+
     data: str = "toy"
     imgsz: Annotated[int, Meta(ge=32, multiple_of=32)] = 128
     batch: _Count = 16
     workers: _Whole = 1
     cache: Literal["ram", "disk", "none"] = "ram"
-    cache_gb: _Amount = 40.
-    dev: _Part = .15
+    cache_gb: _Amount = 40.0
+    dev: _Part = 0.15
     difficult: Literal["drop", "train"] = "drop"
-    mosaic: _Share = .3
+    mosaic: _Share = 0.3
     close_mosaic: _Whole = 0
-    mixup: _Share = 0.
-    cutmix: _Share = 0.
-    erase: _Share = 0.
-    hsv_h: _Share = .015
-    hsv_s: _Share = .7
-    hsv_v: _Share = .4
-    degrees: _Amount = 0.
-    translate: _Amount = .1
-    scale: _Part = .3
-    shear: _Amount = 0.
-    perspective: _Amount = 0.
-    fliplr: _Share = .5
-    flipud: _Share = 0.
-    noise: _Share = 0.
-    blur: _Share = 0.
-    pad: _Share = 0.
-    random_ratio: _Amount = 1.
+    mixup: _Share = 0.0
+    cutmix: _Share = 0.0
+    erase: _Share = 0.0
+    hsv_h: _Share = 0.015
+    hsv_s: _Share = 0.7
+    hsv_v: _Share = 0.4
+    degrees: _Amount = 0.0
+    translate: _Amount = 0.1
+    scale: _Part = 0.3
+    shear: _Amount = 0.0
+    perspective: _Amount = 0.0
+    fliplr: _Share = 0.5
+    flipud: _Share = 0.0
+    noise: _Share = 0.0
+    blur: _Share = 0.0
+    pad: _Share = 0.0
+    random_ratio: _Amount = 1.0
     head_aware: str | None = None
 
 # %% ../nbs/00_core.ipynb #f045efd9
@@ -74,7 +76,8 @@ class NetCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     `trust` opens a file with pickled objects, which may run code in it.
     Errors as in `DataCfg`. Source: own.
     """
-    width: _Above = .25
+
+    width: _Above = 0.25
     heads: str | None = None
     implicit: bool = False
     adapter: Literal["none", "bottleneck", "cbam"] = "none"
@@ -89,6 +92,7 @@ class Stage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     `freeze` as in `TrainCfg`; of the others, what is None is `TrainCfg`'s. Errors as in `DataCfg`. Source: own.
     """
+
     epochs: _Count
     freeze: str | int | None = None
     lr: _Amount | None = None
@@ -110,6 +114,7 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     epochs, on a share `eval_share` of dev; `early_stop` counts epochs without a better AP50 (0: off); `max_hours` is
     wall clock; `conf`, `nms_iou` and `max_det` are for evaluation. Errors as in `DataCfg`. Source: own.
     """
+
     run: str | None = None
     seed: _Whole = 0
     epochs: _Count = 16
@@ -117,34 +122,34 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_hours: _Above | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    lr: _Amount = .02
-    extra_lr: _Amount = .005
-    lrf: _Amount = .01
-    momentum: _Part = .937
+    lr: _Amount = 0.02
+    extra_lr: _Amount = 0.005
+    lrf: _Amount = 0.01
+    momentum: _Part = 0.937
     weight_decay: _Amount = 5e-4
     nominal_batch: _Count = 16
-    warmup: _Amount = 3.
-    warmup_momentum: _Part = .8
+    warmup: _Amount = 3.0
+    warmup_momentum: _Part = 0.8
     warmup_bias_lr: _Amount | None = None
     schedule: Literal["cosine", "constant", "step", "restarts"] = "cosine"
     lr_parts: list[float | list[float]] = []
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    clip: _Amount = 0.
-    ema: _Share = .9999
+    clip: _Amount = 0.0
+    ema: _Share = 0.9999
     freeze: str | int | None = None
     stages: list[Stage] = []
     assign: Literal["plain", "ota"] = "plain"
-    anchor_t: _Above = 4.
+    anchor_t: _Above = 4.0
     others: Literal["background", "ignore", "ignore_iou"] = "ignore"
     boxes: Literal["head", "shared"] = "head"
     negatives: Literal["head", "all"] = "all"
     reduce: Literal["head", "trunk"] = "trunk"
     single: Literal["train", "skip"] = "train"
-    box_gain: _Amount = .1
-    obj_gain: _Amount = 10.
-    cls_gain: _Amount = 3.
-    label_smoothing: _Share = 0.
-    focal: _Amount = 0.
+    box_gain: _Amount = 0.1
+    obj_gain: _Amount = 10.0
+    cls_gain: _Amount = 3.0
+    label_smoothing: _Share = 0.0
+    focal: _Amount = 0.0
     keep_every: _Whole = 0
     save_steps: _Whole = 0
     multi_scale: tuple[int, int] | None = None
@@ -152,9 +157,9 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     restart_seeds: list[_Whole] = []
     early_stop: _Whole = 0
     eval_after: _Whole = 0
-    eval_share: Annotated[float, Meta(gt=0, le=1)] = 1.
-    conf: _Share = .001
-    nms_iou: _Share = .5
+    eval_share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    conf: _Share = 0.001
+    nms_iou: _Share = 0.5
     max_det: _Count = 300
     track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
 
@@ -165,11 +170,14 @@ class TrainCfg(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 # %% ../nbs/00_core.ipynb #95ca43a3
 class _Once(yaml.SafeLoader):
     "Plain data; of a key that is given twice one value would be lost."
+
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
         twice = next((k for k in keys if keys.count(k) > 1), None)
-        if twice is not None: raise ValueError(f"key '{twice}' is given twice")
+        if twice is not None:
+            raise ValueError(f"key '{twice}' is given twice")
         return super().construct_mapping(node, deep)
+
 
 def parsed(where, kind, parse):
     """What a parser makes of something; whatever it raises becomes one line.
@@ -194,8 +202,11 @@ def parsed(where, kind, parse):
     ----------
     own
     """
-    try: return parse()
-    except Exception as e: raise ValueError(f"{where}: not {kind} ({' '.join(str(e).split())[:300]})") from None
+    try:
+        return parse()
+    except Exception as e:
+        raise ValueError(f"{where}: not {kind} ({' '.join(str(e).split())[:300]})") from None
+
 
 def read_yaml(path):
     """A YAML file as plain data; nothing in it is executed.
@@ -219,7 +230,8 @@ def read_yaml(path):
     ----------
     own
     """
-    if not os.path.isfile(path): raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
     data = Path(path).read_bytes()
     out = parsed(path, "YAML", lambda: yaml.load(data, _Once))
     if not isinstance(out or {}, dict):
@@ -233,28 +245,43 @@ def _write_whole(path, text):
     part.write_text(text, encoding="utf8")
     os.replace(part, path)
 
+
 class Cfg(msgspec.Struct, forbid_unknown_fields=True):
     """The three groups together: `cfg.data`, `cfg.net`, `cfg.train`.
 
     `flat()` is one dict of all choices, `save(path)` writes it as YAML; `override(key=value)` is a changed copy.
     Errors as in `load_cfg`. Source: own.
     """
+
     data: DataCfg = msgspec.field(default_factory=DataCfg)
     net: NetCfg = msgspec.field(default_factory=NetCfg)
     train: TrainCfg = msgspec.field(default_factory=TrainCfg)
 
-    def flat(self): return {k: v for g in msgspec.to_builtins(self).values() for k, v in g.items()}
-    def override(self, **changes): return load_cfg(self.flat(), changes)
-    def save(self, path): _write_whole(Path(path), yaml.safe_dump(self.flat(), sort_keys=False))
+    def flat(self):
+        return {k: v for g in msgspec.to_builtins(self).values() for k, v in g.items()}
+
+    def override(self, **changes):
+        return load_cfg(self.flat(), changes)
+
+    def save(self, path):
+        _write_whole(Path(path), yaml.safe_dump(self.flat(), sort_keys=False))
+
 
 GROUP = {f: g.name for g in msgspec.structs.fields(Cfg) for f in g.type.__struct_fields__}
-TEXTS = {f.name for g in (DataCfg, NetCfg, TrainCfg) for f in msgspec.structs.fields(g) if f.type in (str, str | None)}
+TEXTS = {
+    f.name
+    for g in (DataCfg, NetCfg, TrainCfg)
+    for f in msgspec.structs.fields(g)
+    if f.type in (str, str | None)
+}
 
 # %% ../nbs/00_core.ipynb #85eddd62
 def _finite(v):
     "Whether no number in it is NaN or infinite."
-    if isinstance(v, (dict, list, tuple)): return all(map(_finite, v.values() if isinstance(v, dict) else v))
+    if isinstance(v, (dict, list, tuple)):
+        return all(map(_finite, v.values() if isinstance(v, dict) else v))
     return not isinstance(v, float) or math.isfinite(v)
+
 
 def load_cfg(*sources):
     """Choices from files, dicts and `key=value` words, later over earlier.
@@ -285,7 +312,9 @@ def load_cfg(*sources):
     groups, origin = {"data": {}, "net": {}, "train": {}}, {}
     for src in sources:
         word = isinstance(src, str) and "=" in src and not os.path.isfile(src)
-        items = dict([src.split("=", 1)]) if word else src if isinstance(src, dict) else read_yaml(src)
+        items = (
+            dict([src.split("=", 1)]) if word else src if isinstance(src, dict) else read_yaml(src)
+        )
         where = "command line" if word or isinstance(src, dict) else str(src)
         for key, value in ((str(k), v) for k, v in items.items()):
             name = key.split(".", 1)[1] if "." in key and key.split(".", 1)[0] in groups else key
@@ -294,17 +323,25 @@ def load_cfg(*sources):
                 raise KeyError(f"{where}: unknown key {key[:200]!r}; did you mean '{near}'?")
             if word and value:
                 found = parsed(f"{where}: {name}", "YAML", lambda: yaml.load(value, _Once))
-                if name not in TEXTS or isinstance(found, str | None): value = found                 # run=7 is a name
+                if name not in TEXTS or isinstance(found, str | None):
+                    value = found  # run=7 is a name
             groups[GROUP[name]][name], origin[name] = value, where
-    try: cfg = msgspec.convert(groups, Cfg, strict=False)
-    except ValueError as e:                                      # msgspec's, and texts that are no Unicode
+    try:
+        cfg = msgspec.convert(groups, Cfg, strict=False)
+    except ValueError as e:  # msgspec's, and texts that are no Unicode
         name = next((k for k in re.findall(r"\w+", str(e).split("`$.")[-1])[1:2] if k in GROUP), "")
-        where = f"{origin[name]}: {name}" if name in origin else ", ".join(dict.fromkeys(origin.values()))
+        where = (
+            f"{origin[name]}: {name}"
+            if name in origin
+            else ", ".join(dict.fromkeys(origin.values()))
+        )
         wrong, got = str(e).split(" - at")[0], groups[GROUP[name]].get(name) if name else None
-        if isinstance(got, int | float) and "got" not in wrong: wrong += f", got {got}"
+        if isinstance(got, int | float) and "got" not in wrong:
+            wrong += f", got {got}"
         raise ValueError(f"{where}: {wrong}") from None
     odd = next((k for k, v in cfg.flat().items() if not _finite(v)), None)
-    if odd: raise ValueError(f"{origin[odd]}: {odd}: finite numbers are due")
+    if odd:
+        raise ValueError(f"{origin[odd]}: {odd}: finite numbers are due")
     return cfg
 
 # %% ../nbs/00_core.ipynb #4e86b5c5
@@ -325,13 +362,15 @@ def set_seed(seed):
     ----------
     own
     """
-    if seed < 0: raise ValueError(f"seed must be 0 or more, got {seed}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, got {seed}")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #8a664bbb
 FORMAT = 1
+
 
 def environment(seed=None, **more):
     """What a result depends on beside its config: commit, versions, device, threads.
@@ -357,16 +396,32 @@ def environment(seed=None, **more):
     own
     """
     here = Path(globals().get("__file__", ".")).resolve().parent
+
     def git(*words):
         out = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
         return out.stdout.strip() if out.returncode == 0 else None
-    try: commit = git("rev-parse", "--short", "HEAD")
-    except FileNotFoundError: commit = None
-    if commit and git("status", "--porcelain", "--untracked-files=no", "--", "."): commit += "+"
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+    except FileNotFoundError:
+        commit = None
+    if commit and git("status", "--porcelain", "--untracked-files=no", "--", "."):
+        commit += "+"
     packages = {p: version(p) for p in ("torch", "torchvision", "numpy", "accelerate")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return dict(commit=commit, versions=packages | {"python": platform.python_version()}, device=device, seed=seed,
-                threads=torch.get_num_threads(), date=time.strftime("%Y-%m-%d"), format=FORMAT) | more
+    return (
+        dict(
+            commit=commit,
+            versions=packages | {"python": platform.python_version()},
+            device=device,
+            seed=seed,
+            threads=torch.get_num_threads(),
+            date=time.strftime("%Y-%m-%d"),
+            format=FORMAT,
+        )
+        | more
+    )
+
 
 def new_run(cfg, root="runs", fill=None):
     """Make the folder of a run, with `config.yaml` and `env.json` in it; it is there whole or not at all.
@@ -395,13 +450,17 @@ def new_run(cfg, root="runs", fill=None):
     """
     name = cfg.train.run or time.strftime("%Y%m%d_%H%M%S") + f"_s{cfg.train.seed}"
     run = Path(root) / name
-    if run.exists(): raise FileExistsError(f"{run}: exists already; give another run= or --resume {name}")
+    if run.exists():
+        raise FileExistsError(f"{run}: exists already; give another run= or --resume {name}")
     part = run.with_name(run.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)                       # of a process that died here
+    shutil.rmtree(part, ignore_errors=True)  # of a process that died here
     part.mkdir(parents=True)
     cfg.save(part / "config.yaml")
-    (part / "env.json").write_text(json.dumps(environment(cfg.train.seed), indent=1), encoding="utf8")
-    if fill: fill(part)
+    (part / "env.json").write_text(
+        json.dumps(environment(cfg.train.seed), indent=1), encoding="utf8"
+    )
+    if fill:
+        fill(part)
     return part.rename(run)
 
 
@@ -426,6 +485,7 @@ def note_run(run, **facts):
     env = json.loads((run / "env.json").read_text()) | facts
     _write_whole(run / "env.json", json.dumps(env, indent=1))
 
+
 def this_process():
     """Host, number and start of this process: as `process` in `env.json` they say who trains a run.
 
@@ -443,6 +503,7 @@ def this_process():
     own
     """
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
+
 
 def run_state(run):
     """Whether a run is being trained.
@@ -466,10 +527,16 @@ def run_state(run):
     own
     """
     at = json.loads((run / "env.json").read_text()).get("process")
-    if at is None: return None
-    if at[0] != socket.gethostname(): return f"on {at[0]}"
-    try: return "running" if abs(psutil.Process(at[1]).create_time() - at[2]) < 5 else "killed"      # clocks are set
-    except psutil.NoSuchProcess: return "killed"
+    if at is None:
+        return None
+    if at[0] != socket.gethostname():
+        return f"on {at[0]}"
+    try:
+        return (
+            "running" if abs(psutil.Process(at[1]).create_time() - at[2]) < 5 else "killed"
+        )  # clocks are set
+    except psutil.NoSuchProcess:
+        return "killed"
 
 # %% ../nbs/00_core.ipynb #7a4f04b5
 class JsonLog:
@@ -479,7 +546,9 @@ class JsonLog:
     crash, is dropped. `path` is a str or Path; its folder must exist (`FileNotFoundError`). A broken line
     before the last raises `ValueError` with file and line. Source: own.
     """
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
 
     def append(self, **row):
         with self.path.open("a", encoding="utf8") as f:
@@ -490,16 +559,29 @@ class JsonLog:
     def rows(self):
         lines, out = self.path.read_bytes().split(b"\n") if self.path.is_file() else [b""], []
         for i, line in enumerate(lines):
-            try: row = json.loads(line.decode())
+            try:
+                row = json.loads(line.decode())
             except (ValueError, RecursionError):
-                if i + 1 == len(lines): break                                # only the last line has no end
+                if i + 1 == len(lines):
+                    break  # only the last line has no end
                 raise ValueError(f"{self.path}: line {i + 1} is not JSON") from None
-            if not isinstance(row, dict): raise ValueError(f"{self.path}: line {i + 1} is no JSON object")
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}: line {i + 1} is no JSON object")
             out.append(row)
         return out
 
 # %% ../nbs/00_core.ipynb #03fd7eb4
-HEAD_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
+HEAD_COLORS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+]
+
 
 def theme():
     """Set the house style of matplotlib: colours are heads, small text, no box around the plot.
@@ -517,10 +599,23 @@ def theme():
     ----------
     Okabe and Ito 2008, Color Universal Design.
     """
-    style = {"axes.prop_cycle": mpl.cycler(color=HEAD_COLORS), "axes.spines.top": False, "axes.spines.right": False,
-             "axes.titlesize": 10, "axes.titlelocation": "left", "axes.labelsize": 9, "xtick.labelsize": 8,
-             "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False, "font.size": 9,
-             "figure.dpi": 80, "savefig.dpi": 100, "figure.constrained_layout.use": True,
-             "figure.figsize": (6.4, 3.2), "image.interpolation": "nearest"}
+    style = {
+        "axes.prop_cycle": mpl.cycler(color=HEAD_COLORS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "font.size": 9,
+        "figure.dpi": 80,
+        "savefig.dpi": 100,
+        "figure.constrained_layout.use": True,
+        "figure.figsize": (6.4, 3.2),
+        "image.interpolation": "nearest",
+    }
     mpl.rcParams.update(style)
     return style

@@ -39,17 +39,23 @@ class ClassMap:
     `names` list of str, `ids` list of int or str, same length. Called with source ids it returns int64 `(N,)`
     contiguous classes, -1 for an id it does not know. A name or id given twice raises `ValueError`. Source: own.
     """
+
     names: list
     ids: list
 
     def __post_init__(self):
         for kind, values in (("name", self.names), ("id", self.ids)):
             twice = sorted({str(v) for v in values if values.count(v) > 1})
-            if twice: raise ValueError(f"category {kind} given twice: {', '.join(twice)}")
+            if twice:
+                raise ValueError(f"category {kind} given twice: {', '.join(twice)}")
         self._at = {v: k for k, v in enumerate(self.ids)}
 
-    def __len__(self): return len(self.names)
-    def __call__(self, ids): return np.array([self._at.get(i, -1) for i in ids], np.int64)
+    def __len__(self):
+        return len(self.names)
+
+    def __call__(self, ids):
+        return np.array([self._at.get(i, -1) for i in ids], np.int64)
+
 
 @dataclass
 class Sample:
@@ -60,6 +66,7 @@ class Sample:
     target dict)` with `boxes labels image_id iscrowd`; `from_torchvision(image, target)` takes it back. Raises
     `KeyError` where `boxes` or `labels` is missing. Source: torchvision detection references.
     """
+
     image: torch.Tensor
     boxes: torch.Tensor
     labels: torch.Tensor
@@ -68,7 +75,9 @@ class Sample:
     id: int | str = 0
 
     def to_torchvision(self):
-        boxes = tv_tensors.BoundingBoxes(self.boxes, format="XYXY", canvas_size=tuple(self.image.shape[1:]))
+        boxes = tv_tensors.BoundingBoxes(
+            self.boxes, format="XYXY", canvas_size=tuple(self.image.shape[1:])
+        )
         target = dict(boxes=boxes, labels=self.labels, image_id=self.id, iscrowd=self.crowd.long())
         return tv_tensors.Image(self.image), target
 
@@ -103,7 +112,8 @@ def read_picture(path):
     """
     with Image.open(path) as im:
         im = ImageOps.exif_transpose(im)
-        if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) // 256).clip(0, 255).astype(np.uint8))
+        if im.mode.startswith("I"):
+            im = Image.fromarray((np.asarray(im) // 256).clip(0, 255).astype(np.uint8))
         return im.convert("RGB")
 
 # %% ../nbs/02_data.ipynb #a1cc8dd8
@@ -120,6 +130,7 @@ class Records:
     `subset(indices)` the split of these pictures in this order. `IndexError` outside 0..n-1, `OSError` for an
     unreadable file. Source: own.
     """
+
     classes: ClassMap
     ids: list
     files: list | None
@@ -130,18 +141,30 @@ class Records:
     pixels: np.ndarray | None = None
     listed: int = 0
 
-    def __post_init__(self): self.listed = self.listed or len(self.ids) + self.lost()
-    def lost(self): return sum(len(self.problems.get(k, ())) for k in ("picture without file", "unreadable picture"))
+    def __post_init__(self):
+        self.listed = self.listed or len(self.ids) + self.lost()
+
+    def lost(self):
+        return sum(
+            len(self.problems.get(k, ())) for k in ("picture without file", "unreadable picture")
+        )
 
     @property
-    def names(self): return self.classes.names
-    def __len__(self): return len(self.ids)
-    def picture(self, i): return self.pixels[i] if self.files is None else np.asarray(read_picture(self.files[i]))
+    def names(self):
+        return self.classes.names
+
+    def __len__(self):
+        return len(self.ids)
+
+    def picture(self, i):
+        return self.pixels[i] if self.files is None else np.asarray(read_picture(self.files[i]))
 
     def sample(self, i):
         part = slice(*np.searchsorted(self.gt["image"], [i, i + 1]))
         image = torch.from_numpy(self.picture(i).copy()).permute(2, 0, 1)
-        box, *rest = (torch.from_numpy(self.gt[k][part]) for k in ("box", "label", "ignore", "crowd"))
+        box, *rest = (
+            torch.from_numpy(self.gt[k][part]) for k in ("box", "label", "ignore", "crowd")
+        )
         return Sample(image, box.float(), *rest, self.ids[i])
 
     def subset(self, indices):
@@ -149,32 +172,48 @@ class Records:
         place = np.full(len(self), -1)
         place[indices] = np.arange(len(indices))
         image = place[self.gt["image"]]
-        order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0):]
+        order = np.argsort(image, kind="stable")[np.count_nonzero(image < 0) :]
         gt = {k: v[order] for k, v in self.gt.items()} | {"image": image[order]}
         pick = lambda values: None if values is None else [values[i] for i in indices]
-        return replace(self, ids=pick(self.ids), files=pick(self.files), sizes=self.sizes[indices], gt=gt,
-                       pixels=None if self.pixels is None else self.pixels[indices])
+        return replace(
+            self,
+            ids=pick(self.ids),
+            files=pick(self.files),
+            sizes=self.sizes[indices],
+            gt=gt,
+            pixels=None if self.pixels is None else self.pixels[indices],
+        )
 
 # %% ../nbs/02_data.ipynb #3842ecc6
-UNREADABLE = .05
+UNREADABLE = 0.05
 COLUMNS = dict(image=np.int64, label=np.int64, ignore=bool, crowd=bool, area=np.float64)
+
 
 def _refuse(where, bad, total):
     "Stop when more than 5 % of the pictures are lost."
     if bad > UNREADABLE * total or not total:
         lost = f"{bad} of {total} pictures are missing or unreadable" if total else "no pictures"
-        raise ValueError(f"{where}: {lost}; at most {UNREADABLE:.0%} may be missing" if bad else f"{where}: {lost}")
+        raise ValueError(
+            f"{where}: {lost}; at most {UNREADABLE:.0%} may be missing"
+            if bad
+            else f"{where}: {lost}"
+        )
+
 
 def _number(v, kinds=(int, float)):
     "A JSON number, or with kinds=(str,) a text, as float; NaN for anything else and what no picture measures."
-    try: v = float(v) if type(v) in kinds and not (type(v) is str and "_" in v) else np.nan
-    except (ValueError, OverflowError): return np.nan
+    try:
+        v = float(v) if type(v) in kinds and not (type(v) is str and "_" in v) else np.nan
+    except (ValueError, OverflowError):
+        return np.nan
     return v if abs(v) < 1e18 else np.nan
+
 
 def _four(values, kinds=(int, float)):
     "Four numbers, or four NaN where the source holds anything else."
     out = [_number(v, kinds) for v in values]
     return out if len(out) == 4 else [np.nan] * 4
+
 
 def _stated(where, size):
     "Width and height as an annotation states them; None where it does not (0)."
@@ -182,9 +221,13 @@ def _stated(where, size):
         raise ValueError(f"{where}: width and height must be whole numbers")
     return tuple(map(int, size)) if all(size) else None
 
+
 def _classes(where, names, ids):
-    try: return ClassMap(names, ids)
-    except ValueError as e: raise ValueError(f"{where}: {e}") from None
+    try:
+        return ClassMap(names, ids)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+
 
 def _records(classes, pictures, rows, where, problems, **more):
     """Records from pictures (id, file, size) and rows (image, label, x0, y0, x1, y1, ignore, crowd, area).
@@ -194,16 +237,24 @@ def _records(classes, pictures, rows, where, problems, **more):
     ids, files, sizes = ([p[k] for p in pictures] for k in range(3))
     a, sizes = np.array(rows, np.float64).reshape(-1, 9), np.array(sizes, np.int64).reshape(-1, 2)
     box, good, size = a[:, 2:6], np.ones(len(a), bool), sizes[a[:, 0].clip(0).astype(int)]
-    checks = {"annotation of a lost picture": a[:, 0] == -2, "annotation of an unknown picture": a[:, 0] < 0,
-              "unknown category": a[:, 1] < 0, "flag neither 0 nor 1": np.isnan(a[:, 6:8]).any(1),
-              "area below 0 or no number": a[:, 8] < 0, "box not finite": ~np.isfinite(box).all(1),
-              "box without area": ~(box[:, 2:] > box[:, :2]).all(1),
-              "box outside its picture": (box[:, :2] >= size).any(1) | (box[:, 2:] <= 0).any(1)}
+    checks = {
+        "annotation of a lost picture": a[:, 0] == -2,
+        "annotation of an unknown picture": a[:, 0] < 0,
+        "unknown category": a[:, 1] < 0,
+        "flag neither 0 nor 1": np.isnan(a[:, 6:8]).any(1),
+        "area below 0 or no number": a[:, 8] < 0,
+        "box not finite": ~np.isfinite(box).all(1),
+        "box without area": ~(box[:, 2:] > box[:, :2]).all(1),
+        "box outside its picture": (box[:, :2] >= size).any(1) | (box[:, 2:] <= 0).any(1),
+    }
     for kind, bad in checks.items():
-        for k in np.flatnonzero(bad & good): problems.setdefault(kind, []).append(where(k))
+        for k in np.flatnonzero(bad & good):
+            problems.setdefault(kind, []).append(where(k))
         good &= ~bad
     a = a[good][np.argsort(a[good, 0], kind="stable")]
-    gt = {k: a[:, j].astype(t) for (k, t), j in zip(COLUMNS.items(), (0, 1, 6, 7, 8))} | {"box": a[:, 2:6].copy()}
+    gt = {k: a[:, j].astype(t) for (k, t), j in zip(COLUMNS.items(), (0, 1, 6, 7, 8))} | {
+        "box": a[:, 2:6].copy()
+    }
     gt["area"] = np.where(np.isfinite(gt["area"]), gt["area"], np.prod(a[:, 4:6] - a[:, 2:4], 1))
     return Records(classes, ids, files, sizes, gt, problems=problems, **more)
 
@@ -214,12 +265,16 @@ def _size(file, whole=False):
         with Image.open(file) as im:
             size = im.size[::-1] if im.getexif().get(0x0112, 1) > 4 else im.size
             if whole:
-                im.draft("RGB", (1, 1))                  # a JPEG is read whole and drawn small
+                im.draft("RGB", (1, 1))  # a JPEG is read whole and drawn small
                 im.load()
             return size
-    except Exception as e: return _fault(e)              # decoders raise all sorts of things
+    except Exception as e:
+        return _fault(e)  # decoders raise all sorts of things
 
-def _fault(error): return f"{type(error).__name__}: {error}"
+
+def _fault(error):
+    return f"{type(error).__name__}: {error}"
+
 
 def _present(where, entries):
     "Entries (id, file, size or None) whose picture is there, the place of every id (-2: lost), and what is wrong."
@@ -227,10 +282,19 @@ def _present(where, entries):
     for id, file, size in entries:
         there = os.path.isfile(file)
         size = size or (_size(file) if there else "missing")
-        kind = ("picture listed twice" if id in place else "picture without file" if not there
-                else "unreadable picture" if isinstance(size, str) else None)
-        if kind: problems.setdefault(kind, []).append(str(file))
-        else: pictures.append((id, file, size))
+        kind = (
+            "picture listed twice"
+            if id in place
+            else "picture without file"
+            if not there
+            else "unreadable picture"
+            if isinstance(size, str)
+            else None
+        )
+        if kind:
+            problems.setdefault(kind, []).append(str(file))
+        else:
+            pictures.append((id, file, size))
         place.setdefault(id, -2 if kind else len(pictures) - 1)
     _refuse(where, len(place) - len(pictures), len(place))
     return pictures, place, problems
@@ -243,8 +307,12 @@ def _picture_folder(path, images):
     inside = (f"images/{split}", f"images/{word}", word, f"{split}2017", "images", "")
     tried = [root / folder for folder in inside] + [path.parent]
     for f in tried:
-        if any(os.path.isfile(f / m["file_name"]) for m in images[:50]): return f
-    raise FileNotFoundError(f"{path}: its pictures are in none of {', '.join(dict.fromkeys(str(f) for f in tried))}")
+        if any(os.path.isfile(f / m["file_name"]) for m in images[:50]):
+            return f
+    raise FileNotFoundError(
+        f"{path}: its pictures are in none of {', '.join(dict.fromkeys(str(f) for f in tried))}"
+    )
+
 
 def read_coco(path, pictures=None):
     """A split from COCO instances JSON.
@@ -280,15 +348,25 @@ def read_coco(path, pictures=None):
     data = data if isinstance(data, dict) else {}
     images, notes, cats = (data.get(k) for k in ("images", "annotations", "categories"))
     if not all(isinstance(part, list) for part in (images, notes, cats)):
-        raise ValueError(f"{path}: a COCO file is an object with the lists images, annotations and categories")
+        raise ValueError(
+            f"{path}: a COCO file is an object with the lists images, annotations and categories"
+        )
     for what, key, parts in (("image", "file_name", images), ("category", "name", cats)):
         for k, m in enumerate(parts):
-            if not (isinstance(m, dict) and isinstance(m.get(key), str) and as_id(m.get("id")) is not None):
+            if not (
+                isinstance(m, dict)
+                and isinstance(m.get(key), str)
+                and as_id(m.get("id")) is not None
+            ):
                 raise ValueError(f"{path}: {what} {k} lacks id or {key}, or has one that is none")
-    cats = sorted(((as_id(c["id"]), c["name"]) for c in cats), key=lambda c: (isinstance(c[0], str), c[0]))
+    cats = sorted(
+        ((as_id(c["id"]), c["name"]) for c in cats), key=lambda c: (isinstance(c[0], str), c[0])
+    )
     classes = _classes(path, [n for _, n in cats], [i for i, _ in cats])
     base = Path(pictures) if pictures else _picture_folder(path, images)
-    size = lambda k, m: _stated(f"{path}: image {k}", [_number(m.get(s) or 0) for s in ("width", "height")])
+    size = lambda k, m: _stated(
+        f"{path}: image {k}", [_number(m.get(s) or 0) for s in ("width", "height")]
+    )
     entries = ((as_id(m["id"]), base / m["file_name"], size(k, m)) for k, m in enumerate(images))
     present, place, problems = _present(base, entries)
     notes, rows = [a if isinstance(a, dict) else {} for a in notes], []
@@ -297,14 +375,29 @@ def read_coco(path, pictures=None):
         x, y, w, h = _four(box if isinstance(box, list) else ())
         flags = [as_flag(a.get(k)) for k in ("difficult", "ignore", "iscrowd")]
         ignore = None if None in flags else flags[0] or flags[1]
-        area = np.nan if area is None else np.nan_to_num(_number(area), nan=-1.)
-        rows.append((place.get(as_id(a.get("image_id")), -1), label, x, y, x + w, y + h, ignore, flags[2], area))
+        area = np.nan if area is None else np.nan_to_num(_number(area), nan=-1.0)
+        rows.append(
+            (
+                place.get(as_id(a.get("image_id")), -1),
+                label,
+                x,
+                y,
+                x + w,
+                y + h,
+                ignore,
+                flags[2],
+                area,
+            )
+        )
     where = lambda k: f"{path.name}: annotation {notes[k].get('id', k)}"
     return _records(classes, present, rows, where, problems)
 
 # %% ../nbs/02_data.ipynb #106195bd
-VOC = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-       "sheep sofa train tvmonitor").split()
+VOC = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
+    "sheep sofa train tvmonitor"
+).split()
+
 
 def _voc_list(root, split):
     "The file in ImageSets/Main that a split is read from, or None."
@@ -313,12 +406,15 @@ def _voc_list(root, split):
     wanted = dict(train=train, val=["test", "val"]).get(split, [split])
     return next((here[name] for name in wanted if name in here), None)
 
+
 def _voc_names(root, found):
     "VOC's classes, or those of all annotations: a class may be so rare that one split lacks it."
     if found != set(VOC):
         for file in (root / "Annotations").glob("*.xml"):
-            with contextlib.suppress(ET.ParseError, OSError):                  # of what no list names, nobody hears
-                found = found | {o.findtext("name") for o in ET.parse(file).getroot().findall("object")}
+            with contextlib.suppress(ET.ParseError, OSError):  # of what no list names, nobody hears
+                found = found | {
+                    o.findtext("name") for o in ET.parse(file).getroot().findall("object")
+                }
     found -= {None}
     return VOC if found <= set(VOC) else sorted(found)
 
@@ -352,25 +448,33 @@ def read_voc(root, split, names=None):
     """
     root, trees = Path(root), {}
     listed = _voc_list(root, split)
-    if listed is None: raise FileNotFoundError(f"{root}/ImageSets/Main: no list for split '{split}'")
+    if listed is None:
+        raise FileNotFoundError(f"{root}/ImageSets/Main: no list for split '{split}'")
     lines = listed.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     stems = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
     xml = {s: root / "Annotations" / f"{s}.xml" for s in stems}
     for s, file in xml.items():
-        if os.path.isfile(file): trees[s] = parsed(file, "XML", lambda: ET.parse(file).getroot())
-        if s in trees and trees[s].tag != "annotation": raise ValueError(f"{file}: an annotation is due at the top")
+        if os.path.isfile(file):
+            trees[s] = parsed(file, "XML", lambda: ET.parse(file).getroot())
+        if s in trees and trees[s].tag != "annotation":
+            raise ValueError(f"{file}: an annotation is due at the top")
     if not trees:
-        raise FileNotFoundError(f"{root}/Annotations: no XML for any of the {len(stems)} pictures in {listed.name}")
+        raise FileNotFoundError(
+            f"{root}/Annotations: no XML for any of the {len(stems)} pictures in {listed.name}"
+        )
     side = lambda t, k: _number((t.findtext(f"size/{k}") or "").strip() or "0", (str,))
     size = {s: _stated(xml[s], [side(t, "width"), side(t, "height")]) for s, t in trees.items()}
     entries = ((s, root / "JPEGImages" / f"{s}.jpg", size[s]) for s in trees)
     present, place, problems = _present(root / "JPEGImages", entries)
-    if len(trees) < len(stems): problems["picture without XML"] = [s for s in stems if s not in trees]
+    if len(trees) < len(stems):
+        problems["picture without XML"] = [s for s in stems if s not in trees]
     owner = [(s, o) for s, t in trees.items() for o in t.findall("object")]
     names = list(names or _voc_names(root, {o.findtext("name") for _, o in owner}))
     classes, rows = ClassMap(names, list(names)), []
     for (s, o), label in zip(owner, classes(o.findtext("name") for _, o in owner)):
-        x0, y0, x1, y1 = _four((o.findtext(f"bndbox/{c}") for c in ("xmin", "ymin", "xmax", "ymax")), (str,))
+        x0, y0, x1, y1 = _four(
+            (o.findtext(f"bndbox/{c}") for c in ("xmin", "ymin", "xmax", "ymax")), (str,)
+        )
         difficult = as_flag((o.findtext("difficult") or "").strip())
         rows.append((place[s], label, x0 - 1, y0 - 1, x1, y1, difficult, False, np.nan))
     where = lambda k: f"{owner[k][0]}.xml: {owner[k][1].findtext('name')}"
@@ -379,19 +483,26 @@ def read_voc(root, split, names=None):
 # %% ../nbs/02_data.ipynb #4cde757b
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
+
 def _beside(yaml, path):
     "A path of a YAML: relative to its folder, or to the working directory."
-    if not isinstance(path, str): raise ValueError(f"{yaml}: a path is due, got {str(path)[:200]!r}")
-    return next((p for p in (yaml.parent / path, Path(path)) if os.path.exists(p)), yaml.parent / path)
+    if not isinstance(path, str):
+        raise ValueError(f"{yaml}: a path is due, got {str(path)[:200]!r}")
+    return next(
+        (p for p in (yaml.parent / path, Path(path)) if os.path.exists(p)), yaml.parent / path
+    )
+
 
 def _yolo_line(line, w, h):
     "Class and xyxy px of a line `class cx cy w h` or `class x y x y x y ...`; NaN for anything else."
     label, *v = (_number(t, (str,)) for t in line.split())
-    if len(v) >= 6 and len(v) % 2 == 0: box = [min(v[::2]), min(v[1::2]), max(v[::2]), max(v[1::2])]
+    if len(v) >= 6 and len(v) % 2 == 0:
+        box = [min(v[::2]), min(v[1::2]), max(v[::2]), max(v[1::2])]
     else:
         cx, cy, bw, bh = _four(v)
         box = [cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2]
-    if np.isnan(v).any(): box = [np.nan] * 4
+    if np.isnan(v).any():
+        box = [np.nan] * 4
     return label, np.array(box) * [w, h, w, h]
 
 # %% ../nbs/02_data.ipynb #50e4333d
@@ -426,86 +537,139 @@ def read_yolo(path, split):
     """
     path, spec = Path(path), read_yaml(path)
     for key in ("names", split):
-        if not spec.get(key): raise KeyError(f"{path}: no '{key}'; a YOLO file states names, and train or val")
-    try: names = read_names(spec["names"])
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+        if not spec.get(key):
+            raise KeyError(f"{path}: no '{key}'; a YOLO file states names, and train or val")
+    try:
+        names = read_names(spec["names"])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     root, files = _beside(path, spec.get("path", ".")), []
     for part in spec[split] if isinstance(spec[split], list) else [spec[split]]:
         source = root / part if isinstance(part, str) else _beside(path, part)
-        if os.path.isdir(source): files += sorted(f for f in source.rglob("*") if f.suffix.lower() in SUFFIXES)
+        if os.path.isdir(source):
+            files += sorted(f for f in source.rglob("*") if f.suffix.lower() in SUFFIXES)
         elif os.path.isfile(source):
             lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
             files += [source.parent / f for f in lines if f.strip()]
-        else: raise FileNotFoundError(f"{path}: {split}: no such folder or list {str(source)[:300]!r}")
+        else:
+            raise FileNotFoundError(
+                f"{path}: {split}: no such folder or list {str(source)[:300]!r}"
+            )
     texts = {f: Path("labels".join(str(f.with_suffix(".txt")).rsplit("images", 1))) for f in files}
     if files and not any(map(os.path.isfile, texts.values())):
         raise FileNotFoundError(f"{path}: {split}: no label text at all, such as {texts[files[0]]}")
     present, place, problems = _present(f"{path}: {split}", [(f, f, None) for f in files])
     rows, where = [], []
     for f, _, (w, h) in present:
-        text = texts[f].read_text(encoding="utf-8-sig", errors="replace") if os.path.isfile(texts[f]) else ""
+        text = (
+            texts[f].read_text(encoding="utf-8-sig", errors="replace")
+            if os.path.isfile(texts[f])
+            else ""
+        )
         for k, line in enumerate(text.splitlines()):
-            if not line.strip(): continue
+            if not line.strip():
+                continue
             label, box = _yolo_line(line, w, h)
-            rows.append((place[f], label if label in range(len(names)) else -1, *box, False, False, np.nan))
+            rows.append(
+                (place[f], label if label in range(len(names)) else -1, *box, False, False, np.nan)
+            )
             where.append(f"{texts[f].name}: line {k + 1}")
     stems = len({f.stem for f, *_ in present}) == len(present)
     present = [(f.stem if stems else str(f), f, size) for f, _, size in present]
-    return _records(_classes(path, names, list(range(len(names)))), present, rows, where.__getitem__, problems)
+    return _records(
+        _classes(path, names, list(range(len(names)))), present, rows, where.__getitem__, problems
+    )
 
 # %% ../nbs/02_data.ipynb #6df531a7
-TOY_FAMILIES = [names.split() for names in ("disc ring ball", "box crate window", "star flower sun", "tent pine peak")]
-TOY_COMMON = "disc crate star tent ring window flower peak ball box sun pine".split()    # commonest first
+TOY_FAMILIES = [
+    names.split()
+    for names in ("disc ring ball", "box crate window", "star flower sun", "tent pine peak")
+]
+TOY_COMMON = (
+    "disc crate star tent ring window flower peak ball box sun pine".split()
+)  # commonest first
 TOY_CLASSES = [name for names in TOY_FAMILIES for name in names]
-_TAIL = .85 ** np.array([TOY_COMMON.index(c) for c in TOY_CLASSES]) * (np.array(TOY_CLASSES) != TOY_COMMON[0])
-TOY_SHARE = np.where(_TAIL > 0, .7 * _TAIL / _TAIL.sum(), .3)
+_TAIL = 0.85 ** np.array([TOY_COMMON.index(c) for c in TOY_CLASSES]) * (
+    np.array(TOY_CLASSES) != TOY_COMMON[0]
+)
+TOY_SHARE = np.where(_TAIL > 0, 0.7 * _TAIL / _TAIL.sum(), 0.3)
 BASE, DARK, LIGHT = range(3)
 
-def _round(n, r=1., x=0., y=0., inner=1.):
+
+def _round(n, r=1.0, x=0.0, y=0.0, inner=1.0):
     "n points on a circle; every other one at `inner` times the radius."
     t, r = 2 * np.pi * np.arange(n) / n - np.pi / 2, r * np.where(np.arange(n) % 2, inner, 1)
     return np.stack([x + r * np.cos(t), y + r * np.sin(t)], 1)
 
-def _flat(*xy): return np.array(xy, float).reshape(-1, 2)
-def _rect(x0, y0, x1, y1): return _flat(x0, y0, x1, y0, x1, y1, x0, y1)
 
-_SLAB, _PEAK = _rect(-1, -.85, 1, .85), _flat(0, -1, 1, .85, -1, .85)
-_BAR, _PANE = _flat(-1, -.85, -.7, -.85, 1, .85, .7, .85), _rect(-.72, -.6, -.12, -.1)
-_PETALS = _round(48) * (.78 + .22 * np.cos(6 * np.arange(48) * 2 * np.pi / 48))[:, None]
+def _flat(*xy):
+    return np.array(xy, float).reshape(-1, 2)
+
+
+def _rect(x0, y0, x1, y1):
+    return _flat(x0, y0, x1, y0, x1, y1, x0, y1)
+
+
+_SLAB, _PEAK = _rect(-1, -0.85, 1, 0.85), _flat(0, -1, 1, 0.85, -1, 0.85)
+_BAR, _PANE = _flat(-1, -0.85, -0.7, -0.85, 1, 0.85, 0.7, 0.85), _rect(-0.72, -0.6, -0.12, -0.1)
+_PETALS = _round(48) * (0.78 + 0.22 * np.cos(6 * np.arange(48) * 2 * np.pi / 48))[:, None]
 TOY_SHAPES = {
     "disc": [(_round(28), BASE)],
-    "ring": [(_round(28), BASE), (_round(20, .5), DARK)],
-    "ball": [(_round(28), BASE), (_round(14, .42, -.3, -.3), LIGHT)],
-    "box": [(_SLAB, BASE), (_rect(-1, -.85, 1, -.35), DARK)],
+    "ring": [(_round(28), BASE), (_round(20, 0.5), DARK)],
+    "ball": [(_round(28), BASE), (_round(14, 0.42, -0.3, -0.3), LIGHT)],
+    "box": [(_SLAB, BASE), (_rect(-1, -0.85, 1, -0.35), DARK)],
     "crate": [(_SLAB, BASE), (_BAR, DARK), (_BAR * [-1, 1], DARK)],
-    "window": [(_SLAB, BASE), (_PANE, LIGHT), (_PANE * [-1, 1], LIGHT), (_rect(-.72, .1, .72, .6), LIGHT)],
-    "star": [(_round(10, inner=.45), BASE)],
-    "flower": [(_PETALS, BASE), (_round(16, .36), LIGHT)],
-    "sun": [(_round(24, inner=.7), BASE), (_round(16, .4), DARK)],
-    "tent": [(_PEAK, BASE), (_flat(0, -.2, .4, .85, -.4, .85), DARK)],
-    "pine": [(_flat(0, -1, .6, -.2, .35, -.2, 1, .85, -1, .85, -.35, -.2, -.6, -.2), BASE)],
-    "peak": [(_PEAK, BASE), (_flat(0, -1, .38, -.3, .12, -.45, -.1, -.2, -.38, -.3), LIGHT)]}
-_HUES = [.02, .58, .13, .36]                                            # red, blue, yellow, green: one a family
+    "window": [
+        (_SLAB, BASE),
+        (_PANE, LIGHT),
+        (_PANE * [-1, 1], LIGHT),
+        (_rect(-0.72, 0.1, 0.72, 0.6), LIGHT),
+    ],
+    "star": [(_round(10, inner=0.45), BASE)],
+    "flower": [(_PETALS, BASE), (_round(16, 0.36), LIGHT)],
+    "sun": [(_round(24, inner=0.7), BASE), (_round(16, 0.4), DARK)],
+    "tent": [(_PEAK, BASE), (_flat(0, -0.2, 0.4, 0.85, -0.4, 0.85), DARK)],
+    "pine": [
+        (_flat(0, -1, 0.6, -0.2, 0.35, -0.2, 1, 0.85, -1, 0.85, -0.35, -0.2, -0.6, -0.2), BASE)
+    ],
+    "peak": [
+        (_PEAK, BASE),
+        (_flat(0, -1, 0.38, -0.3, 0.12, -0.45, -0.1, -0.2, -0.38, -0.3), LIGHT),
+    ],
+}
+_HUES = [0.02, 0.58, 0.13, 0.36]  # red, blue, yellow, green: one a family
 
 # %% ../nbs/02_data.ipynb #77e15879
 def _scribble(draw, rng, S, n):
     "Strokes and dots that are no objects."
     for k, (x, y, u, v) in enumerate(rng.integers(0, S, (n, 4)).tolist()):
         c, r = tuple(rng.integers(40, 230, 3).tolist()), 1 + u % 5
-        if k % 3 == 0: draw.line((x, y, x + u // 4 - S // 8, y + v // 4 - S // 8), c, 1 + v % 4)
-        elif k % 3 == 1: draw.arc((x, y, x + 8 + u // 6, y + 8 + v // 6), v, v + 200, c, 1 + u % 4)
-        else: draw.ellipse((x, y, x + r, y + r), c)
+        if k % 3 == 0:
+            draw.line((x, y, x + u // 4 - S // 8, y + v // 4 - S // 8), c, 1 + v % 4)
+        elif k % 3 == 1:
+            draw.arc((x, y, x + 8 + u // 6, y + 8 + v // 6), v, v + 200, c, 1 + u % 4)
+        else:
+            draw.ellipse((x, y, x + r, y + r), c)
+
 
 def _toy_object(draw, rng, label, centre, radius):
     "Paint one object on a canvas of double size; returns the box of its outline in px of the picture."
     family = next(f for f, names in enumerate(TOY_FAMILIES) if TOY_CLASSES[label] in names)
-    turn, wide, hue = rng.normal(0, .12), rng.uniform(.8, 1.25), (_HUES[family] + rng.normal(0, .03)) % 1
-    base = 255 * np.array(hsv_to_rgb(hue, rng.uniform(.6, .95), rng.uniform(.75, 1)))
-    tones = [tuple(int(v) for v in c) for c in (base, base * .45, base * .3 + 178)]
-    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * [[wide], [1 / wide]]
+    turn, wide, hue = (
+        rng.normal(0, 0.12),
+        rng.uniform(0.8, 1.25),
+        (_HUES[family] + rng.normal(0, 0.03)) % 1,
+    )
+    base = 255 * np.array(hsv_to_rgb(hue, rng.uniform(0.6, 0.95), rng.uniform(0.75, 1)))
+    tones = [tuple(int(v) for v in c) for c in (base, base * 0.45, base * 0.3 + 178)]
+    turned = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * [
+        [wide],
+        [1 / wide],
+    ]
     for k, (points, tone) in enumerate(TOY_SHAPES[TOY_CLASSES[label]]):
         xy = 2 * (radius * points @ turned + centre)
-        if k == 0: box = np.concatenate([xy.min(0), xy.max(0) + 1]) / 2
+        if k == 0:
+            box = np.concatenate([xy.min(0), xy.max(0) + 1]) / 2
         draw.polygon(xy.ravel().tolist(), tones[tone], tones[DARK] if k == 0 else None)
     return box
 
@@ -517,18 +681,28 @@ def _toy_picture(rng, size, grain):
     draw, boxes, labels = ImageDraw.Draw(canvas), np.zeros((0, 4)), []
     _scribble(draw, rng, 2 * size, rng.integers(6, 18))
     for label in rng.choice(len(TOY_SHARE), rng.integers(1, 9), p=TOY_SHARE):
-        radius = size * np.exp(rng.uniform(np.log(.055), np.log(.2)))
+        radius = size * np.exp(rng.uniform(np.log(0.055), np.log(0.2)))
         for centre in rng.uniform(radius, size - radius, (6, 2)):
-            low, high = np.maximum(boxes[:, :2], centre - radius), np.minimum(boxes[:, 2:], centre + radius)
-            smaller = np.minimum(np.prod(boxes[:, 2:] - boxes[:, :2], 1), 4 * radius ** 2)
-            if (np.prod((high - low).clip(0), 1) < .35 * smaller).all(): break           # hides at most about a third
-        else: continue
-        boxes = np.concatenate([boxes, _toy_object(draw, rng, label, centre, radius)[None].clip(0, size)])
+            low, high = (
+                np.maximum(boxes[:, :2], centre - radius),
+                np.minimum(boxes[:, 2:], centre + radius),
+            )
+            smaller = np.minimum(np.prod(boxes[:, 2:] - boxes[:, :2], 1), 4 * radius**2)
+            if (np.prod((high - low).clip(0), 1) < 0.35 * smaller).all():
+                break  # hides at most about a third
+        else:
+            continue
+        boxes = np.concatenate(
+            [boxes, _toy_object(draw, rng, label, centre, radius)[None].clip(0, size)]
+        )
         labels.append(label)
     _scribble(draw, rng, 2 * size, rng.integers(0, 4))
     x, y = rng.integers(0, len(grain) - size, 2)
-    noisy = np.asarray(canvas.reduce(2)) + grain[y:y + size, x:x + size] * np.float32(rng.uniform(2, 10))
+    noisy = np.asarray(canvas.reduce(2)) + grain[y : y + size, x : x + size] * np.float32(
+        rng.uniform(2, 10)
+    )
     return noisy.clip(0, 255).astype(np.uint8), boxes, labels
+
 
 def toy_dataset(n=1500, seed=0, size=128):
     """Pictures drawn on the spot: 12 classes in 4 families whose members are easily confused.
@@ -556,50 +730,63 @@ def toy_dataset(n=1500, seed=0, size=128):
     ----------
     own
     """
-    if n < 1 or size < 32: raise ValueError(f"toy: at least 1 picture of at least 32 px, got n={n}, size={size}")
+    if n < 1 or size < 32:
+        raise ValueError(f"toy: at least 1 picture of at least 32 px, got n={n}, size={size}")
     grain = np.random.default_rng(seed).standard_normal((2 * size, 2 * size, 3), np.float32)
     pixels, rows = np.empty((n, size, size, 3), np.uint8), []
     for i in range(n):
         pixels[i], boxes, labels = _toy_picture(np.random.default_rng([seed, i]), size, grain)
         rows += [(i, label, *box, False, False, np.nan) for label, box in zip(labels, boxes)]
     pictures = [(i, None, (size, size)) for i in range(n)]
-    out = _records(ClassMap(TOY_CLASSES, list(range(1, 13))), pictures, rows, str, {}, pixels=pixels)
+    out = _records(
+        ClassMap(TOY_CLASSES, list(range(1, 13))), pictures, rows, str, {}, pixels=pixels
+    )
     return replace(out, files=None)
 
 # %% ../nbs/02_data.ipynb #06989916
 def _is_dev(id, share):
     "Whether a picture belongs to dev: the first 8 bytes of BLAKE2b of its id, as a fraction."
-    return int.from_bytes(blake2b(str(id).encode(), digest_size=8).digest(), "big") < share * 2 ** 64
+    return int.from_bytes(blake2b(str(id).encode(), digest_size=8).digest(), "big") < share * 2**64
+
 
 def _coco_file(root, split):
     "The JSON of a split, instances first; None where there is none."
     files = sorted((root / "annotations").glob(f"*{split}*.json"))
     files = [f for f in files if f.name.startswith("instances")] or files
     if len(files) > 1:
-        raise ValueError(f"{root}/annotations: several files for {split}: {', '.join(f.name for f in files)}")
+        raise ValueError(
+            f"{root}/annotations: several files for {split}: {', '.join(f.name for f in files)}"
+        )
     return files[0] if files else None
+
 
 def _layout(path):
     "What kind of data set lies at a path: the splits it has, and how to read one."
     if str(path).split(":")[0] == "toy":
         n = str(path).partition(":")[2] or "1500"
-        if not n.isdecimal(): raise ValueError(f"{path}: toy:600 is a number of drawn pictures")
+        if not n.isdecimal():
+            raise ValueError(f"{path}: toy:600 is a number of drawn pictures")
         n = int(n)
-        return ["train", "val"], lambda s: toy_dataset(n, 0) if s == "train" else toy_dataset(n * 4 // 15 + 1, 1)
+        return [
+            "train",
+            "val",
+        ], lambda s: toy_dataset(n, 0) if s == "train" else toy_dataset(n * 4 // 15 + 1, 1)
     path = Path(path)
     if path.is_file():
         spec = read_yaml(path)
         if "path" in spec and not {"train", "val"} & set(spec):
-            if (inner := _beside(path, spec["path"])).is_dir(): return _layout(inner)
+            if (inner := _beside(path, spec["path"])).is_dir():
+                return _layout(inner)
             raise FileNotFoundError(f"{path}: path: no such folder {str(inner)[:300]!r}")
         return [s for s in ("train", "val") if spec.get(s)], lambda s: read_yolo(path, s)
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: no such folder or YAML")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder or YAML")
     voc = (path / "ImageSets/Main").is_dir()
     have = [s for s in ("train", "val") if (_voc_list if voc else _coco_file)(path, s)]
     return have, lambda s: read_voc(path, s) if voc else read_coco(_coco_file(path, s))
 
 # %% ../nbs/02_data.ipynb #ae669253
-def open_data(path="toy", split=None, dev=.15):
+def open_data(path="toy", split=None, dev=0.15):
     """The splits of a data set, whatever its layout.
 
     Parameters
@@ -631,8 +818,10 @@ def open_data(path="toy", split=None, dev=.15):
     have, read = _layout(path)
     if not have:
         yaml = "".join(f"; or give {p}" for p in sorted(Path(path).glob("*.y*ml"))[:1])
-        raise ValueError(f"{path}: a data set has annotations/*train*.json or *val*.json, or ImageSets/Main lists, "
-                         f"or is a YAML with train or val{yaml}")
+        raise ValueError(
+            f"{path}: a data set has annotations/*train*.json or *val*.json, or ImageSets/Main lists, "
+            f"or is a YAML with train or val{yaml}"
+        )
     out = {s: read(s) for s in have if split in (None, s) or (split, s) == ("dev", "train")}
     if len(out) == 2 and out["train"].names != out["val"].names:
         odd = sorted(set(out["train"].names) ^ set(out["val"].names)) or ["their order"]
@@ -640,26 +829,37 @@ def open_data(path="toy", split=None, dev=.15):
     if "train" in out and dev:
         whole = out.pop("train")
         inside = np.array([_is_dev(i, dev) for i in whole.ids])
-        out = {s: whole.subset(np.flatnonzero(inside == (s == "dev"))) for s in ("train", "dev")} | out
-    if split and split not in out: raise FileNotFoundError(f"{path}: no split '{split}'; there is {', '.join(have)}")
+        out = {
+            s: whole.subset(np.flatnonzero(inside == (s == "dev"))) for s in ("train", "dev")
+        } | out
+    if split and split not in out:
+        raise FileNotFoundError(f"{path}: no split '{split}'; there is {', '.join(have)}")
     return {split: out[split]} if split else out
 
 # %% ../nbs/02_data.ipynb #947dcc18
 def _each(work, n):
     "work(0), ..., work(n - 1) in threads: Pillow lets go of the interpreter while it decodes."
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return list(pool.map(work, range(n)))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, range(n)))
+
 
 def _without(records, sizes):
     "Records without the pictures whose size is a fault (str) instead; refuses a split that loses too many."
     bad = [i for i, s in enumerate(sizes) if isinstance(s, str)]
-    if bad: _refuse(records.files[0].parent, records.lost() + len(bad), records.listed)
-    broken = records.problems.get("unreadable picture", []) + [f"{records.files[i]}: {sizes[i]}" for i in bad]
+    if bad:
+        _refuse(records.files[0].parent, records.lost() + len(bad), records.listed)
+    broken = records.problems.get("unreadable picture", []) + [
+        f"{records.files[i]}: {sizes[i]}" for i in bad
+    ]
     kept = np.delete(np.arange(len(records)), bad)
     out = records.subset(kept) if bad else records
     actual = np.array([sizes[i] for i in kept], np.int64).reshape(-1, 2)
     other = [str(out.files[k]) for k in np.flatnonzero((actual != out.sizes).any(1))]
     found = {"unreadable picture": broken, "size is not the annotation's": other}
-    return replace(out, sizes=actual, problems=records.problems | {k: v for k, v in found.items() if v})
+    return replace(
+        out, sizes=actual, problems=records.problems | {k: v for k, v in found.items() if v}
+    )
+
 
 def check_pictures(records):
     """Decode every picture once; leave out those that cannot be.
@@ -683,8 +883,10 @@ def check_pictures(records):
     ----------
     own
     """
-    if records.files is None: return records
+    if records.files is None:
+        return records
     return _without(records, _each(lambda i: _size(records.files[i], whole=True), len(records)))
+
 
 def census(records):
     """Count what a split holds, and what is wrong with it.
@@ -708,8 +910,13 @@ def census(records):
     own
     """
     gt = records.gt
-    counts = dict(images=len(records), boxes=len(gt["label"]), difficult=int(gt["ignore"].sum()),
-                  crowd=int(gt["crowd"].sum()), empty=len(records) - len(np.unique(gt["image"])))
+    counts = dict(
+        images=len(records),
+        boxes=len(gt["label"]),
+        difficult=int(gt["ignore"].sum()),
+        crowd=int(gt["crowd"].sum()),
+        empty=len(records) - len(np.unique(gt["image"])),
+    )
     per_class = np.bincount(gt["label"], minlength=len(records.classes)).tolist()
     problems = {k: len(v) for k, v in records.problems.items()}
     return counts | dict(problems=problems, per_class=dict(zip(records.names, per_class)))
@@ -744,27 +951,57 @@ def resize_copy(splits, size, out):
     own
     """
     out = Path(out)
-    if size < 1: raise ValueError(f"size must be 1 px or more, got {size}")
-    if out.exists() and any(out.iterdir()): raise FileExistsError(f"{out}: exists already and is not empty")
+    if size < 1:
+        raise ValueError(f"size must be 1 px or more, got {size}")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out}: exists already and is not empty")
     for split, records in splits.items():
         records = check_pictures(records)
         (out / "images" / split).mkdir(parents=True)
         (out / "annotations").mkdir(exist_ok=True)
-        new = (records.sizes * (size / records.sizes.max(1, keepdims=True))).round().astype(int).clip(1)
+        new = (
+            (records.sizes * (size / records.sizes.max(1, keepdims=True)))
+            .round()
+            .astype(int)
+            .clip(1)
+        )
         name = lambda i: f"{i:06d}.jpg"
+
         def shrink(i):
-            small = Image.fromarray(records.picture(i)).resize(tuple(new[i].tolist()), Image.LANCZOS)
+            small = Image.fromarray(records.picture(i)).resize(
+                tuple(new[i].tolist()), Image.LANCZOS
+            )
             small.save(out / "images" / split / name(i), quality=90)
+
         _each(shrink, len(records))
-        images = [dict(id=id, file_name=name(i), width=w, height=h)
-                  for i, (id, (w, h)) in enumerate(zip(records.ids, new.tolist()))]
+        images = [
+            dict(id=id, file_name=name(i), width=w, height=h)
+            for i, (id, (w, h)) in enumerate(zip(records.ids, new.tolist()))
+        ]
         gt, scale = records.gt, np.tile(new / records.sizes, 2)[records.gt["image"]]
         xyxy = gt["box"] * scale
         xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1).round(2).tolist()
-        columns = (gt["image"], gt["label"], xywh, gt["area"] * scale[:, 0] * scale[:, 1], gt["crowd"], gt["ignore"])
-        notes = [dict(id=k + 1, image_id=records.ids[i], category_id=records.classes.ids[label], bbox=box,
-                      area=float(area), iscrowd=int(crowd), ignore=int(ignore), difficult=int(ignore))
-                 for k, (i, label, box, area, crowd, ignore) in enumerate(zip(*columns))]
+        columns = (
+            gt["image"],
+            gt["label"],
+            xywh,
+            gt["area"] * scale[:, 0] * scale[:, 1],
+            gt["crowd"],
+            gt["ignore"],
+        )
+        notes = [
+            dict(
+                id=k + 1,
+                image_id=records.ids[i],
+                category_id=records.classes.ids[label],
+                bbox=box,
+                area=float(area),
+                iscrowd=int(crowd),
+                ignore=int(ignore),
+                difficult=int(ignore),
+            )
+            for k, (i, label, box, area, crowd, ignore) in enumerate(zip(*columns))
+        ]
         cats = [dict(id=i, name=n) for i, n in zip(records.classes.ids, records.names)]
         content = msgspec.json.encode(dict(images=images, annotations=notes, categories=cats))
         (out / f"annotations/instances_{split}.json").write_bytes(content)
@@ -773,18 +1010,24 @@ def resize_copy(splits, size, out):
 # %% ../nbs/02_data.ipynb #6539baa9
 def _decode(records, i, size):
     "Picture i as a square (3, size, size), its letterbox numbers, and the size it had."
-    picture = read_picture(records.files[i]) if records.files else Image.fromarray(records.pixels[i])
+    picture = (
+        read_picture(records.files[i]) if records.files else Image.fromarray(records.pixels[i])
+    )
     square, params = letterbox(picture, size)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1), torch.tensor(params), picture.size
+
 
 def _squares_key(records, size):
     "Names the squares of these pictures: by what decodes them and, for files, place, size and times."
     code = [inspect.getsource(f) for f in (read_picture, letterbox, _decode)]
     how = code, PIL.__version__, torchvision.__version__, size
     if records.files is None:
-        return content_key(*how, records.pixels.shape, blake2b(np.ascontiguousarray(records.pixels)).hexdigest())
+        return content_key(
+            *how, records.pixels.shape, blake2b(np.ascontiguousarray(records.pixels)).hexdigest()
+        )
     stats = ((os.path.abspath(f), os.stat(f)) for f in records.files)
     return content_key(*how, [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats])
+
 
 def _decode_all(records, size, disk=None):
     """Records that can be decoded, and of all: squares uint8 (n, 3, size, size), letterbox numbers (n, 4), rows kept.
@@ -792,19 +1035,31 @@ def _decode_all(records, size, disk=None):
     `disk` is (folder, GB) for squares in a mapped file.
     """
     shape = (len(records), 3, size, size)
+
     def fill(squares):
         def work(i):
-            try: square, params, old = _decode(records, i, size)
-            except Exception as e: return _fault(e)                      # decoders raise all sorts of things
+            try:
+                square, params, old = _decode(records, i, size)
+            except Exception as e:
+                return _fault(e)  # decoders raise all sorts of things
             squares[i] = square
             return [*old, *params.tolist()]
+
         return _each(work, len(records))
+
     squares = np.empty(0 if disk else shape, np.uint8)
-    if disk: squares, found = disk_array(disk[0], _squares_key(records, size), shape, fill, disk[1])
-    else: found = fill(squares)
+    if disk:
+        squares, found = disk_array(disk[0], _squares_key(records, size), shape, fill, disk[1])
+    else:
+        found = fill(squares)
     kept = [i for i, f in enumerate(found) if not isinstance(f, str)]
     params = torch.tensor([found[i][2:] for i in kept]).reshape(-1, 4)
-    return _without(records, [f if isinstance(f, str) else tuple(f[:2]) for f in found]), squares, params, kept
+    return (
+        _without(records, [f if isinstance(f, str) else tuple(f[:2]) for f in found]),
+        squares,
+        params,
+        kept,
+    )
 
 # %% ../nbs/02_data.ipynb #568df859
 class DetDataset(torch.utils.data.Dataset):
@@ -818,27 +1073,52 @@ class DetDataset(torch.utils.data.Dataset):
     `cache_dir`, named after all that they depend on and mapped (`disk_array`); `"none"` decodes each time. `records`
     are what was readable. `ValueError`: unknown word, over 5 % unreadable, or more than `cache_gb`. Source: own.
     """
-    def __init__(self, records, imgsz, augment=None, difficult="drop", cache="ram", seed=0, cache_gb=40.,
-                 cache_dir="runs/.cache"):
-        words = ("difficult", difficult, ("drop", "train")), ("cache", cache, ("ram", "disk", "none"))
+
+    def __init__(
+        self,
+        records,
+        imgsz,
+        augment=None,
+        difficult="drop",
+        cache="ram",
+        seed=0,
+        cache_gb=40.0,
+        cache_dir="runs/.cache",
+    ):
+        words = (
+            ("difficult", difficult, ("drop", "train")),
+            ("cache", cache, ("ram", "disk", "none")),
+        )
         for name, value, allowed in words:
-            if value not in allowed: raise ValueError(f"{name}: {value!r}; allowed are {' and '.join(allowed)}")
+            if value not in allowed:
+                raise ValueError(f"{name}: {value!r}; allowed are {' and '.join(allowed)}")
         self.imgsz, self.augment, self.difficult, self.seed = imgsz, augment, difficult, seed
         disk = (cache_dir, cache_gb) if cache == "disk" else None
-        if cache == "none": self.records, self.squares, self.params = check_pictures(records), None, None
-        else: self.records, self.squares, self.params, self._kept = _decode_all(records, imgsz, disk)
+        if cache == "none":
+            self.records, self.squares, self.params = check_pictures(records), None, None
+        else:
+            self.records, self.squares, self.params, self._kept = _decode_all(records, imgsz, disk)
         rows = self.records.gt["image"]
-        self._targets = (rows,) if self.squares is None else self._to_square(slice(None), self.params[rows])
+        self._targets = (
+            (rows,) if self.squares is None else self._to_square(slice(None), self.params[rows])
+        )
         self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
 
     def _to_square(self, rows, params):
         "Picture, box in px of the square and label of the boxes to be learned; params one row a box, or one for all."
         gt, params = {k: v[rows] for k, v in self.records.gt.items()}, params.double().numpy()
         scale, low = np.tile(params[:, :2], 2), np.tile(params[:, 2:], 2)
-        boxes = (gt["box"] * scale + low).clip(low, low + np.tile(self.records.sizes[gt["image"]], 2) * scale)
+        boxes = (gt["box"] * scale + low).clip(
+            low, low + np.tile(self.records.sizes[gt["image"]], 2) * scale
+        )
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if self.difficult == "drop": keep &= ~(gt["ignore"] | gt["crowd"])
-        return gt["image"][keep], torch.from_numpy(boxes[keep]).float(), torch.from_numpy(gt["label"][keep])
+        if self.difficult == "drop":
+            keep &= ~(gt["ignore"] | gt["crowd"])
+        return (
+            gt["image"][keep],
+            torch.from_numpy(boxes[keep]).float(),
+            torch.from_numpy(gt["label"][keep]),
+        )
 
     def square(self, i):
         rows = slice(self._first[i], self._first[i + 1])
@@ -852,17 +1132,30 @@ class DetDataset(torch.utils.data.Dataset):
         image, boxes, labels, params = self.square(i)
         (sx, sy, dx, dy), (w, h) = params.tolist(), self.records.sizes[i].tolist()
         x, y = int(dx), int(dy)
-        return image[:, y:y + round(h * sy), x:x + round(w * sx)], boxes - params[[2, 3, 2, 3]], labels
+        return (
+            image[:, y : y + round(h * sy), x : x + round(w * sx)],
+            boxes - params[[2, 3, 2, 3]],
+            labels,
+        )
 
-    def __len__(self): return len(self.records)
+    def __len__(self):
+        return len(self.records)
 
     def __getitem__(self, at):
         epoch, i = at if isinstance(at, tuple) else (0, at)
         if self.augment:
             params = torch.zeros(4)
-            image, boxes, labels = self.augment(self, i, np.random.default_rng([self.seed, epoch, i]), epoch=epoch)
-        else: image, boxes, labels, params = self.square(i)
-        return image, torch.cat([labels[:, None].float(), to_cxcywh(boxes) / self.imgsz], 1), i, params
+            image, boxes, labels = self.augment(
+                self, i, np.random.default_rng([self.seed, epoch, i]), epoch=epoch
+            )
+        else:
+            image, boxes, labels, params = self.square(i)
+        return (
+            image,
+            torch.cat([labels[:, None].float(), to_cxcywh(boxes) / self.imgsz], 1),
+            i,
+            params,
+        )
 
 # %% ../nbs/02_data.ipynb #76ab90d0
 class EpochBatches:
@@ -875,40 +1168,64 @@ class EpochBatches:
     is a slice of the batches. Iterating yields lists of (int, int). `ValueError` when not one batch can be made, or not
     every process and part can have a picture. Source: own.
     """
+
     turns = slice(None)
 
     def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False, process=(0, 1)):
-        if n < 1 or batch < 1 or drop_last and n < batch: raise ValueError(f"batch={batch} of {n} pictures")
-        if batch % process[1]: raise ValueError(f"batch={batch}: {process[1]} processes cannot share it equally")
-        self.n, self.batch_size, self.shuffle, self.seed, self.drop_last = n, batch, shuffle, seed, drop_last
+        if n < 1 or batch < 1 or drop_last and n < batch:
+            raise ValueError(f"batch={batch} of {n} pictures")
+        if batch % process[1]:
+            raise ValueError(f"batch={batch}: {process[1]} processes cannot share it equally")
+        self.n, self.batch_size, self.shuffle, self.seed, self.drop_last = (
+            n,
+            batch,
+            shuffle,
+            seed,
+            drop_last,
+        )
         self.process, self.parts, self.epoch, self.start = process, 1, 0, 0
 
     def divide(self, parts):
-        if parts * self.process[1] > self.batch_size: raise ValueError(f"batch={self.batch_size}: no {parts} parts")
+        if parts * self.process[1] > self.batch_size:
+            raise ValueError(f"batch={self.batch_size}: no {parts} parts")
         self.parts = parts
 
-    def set_epoch(self, epoch, start=0): self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch, start=0):
+        self.epoch, self.start = epoch, start
+
     def __len__(self):
-        return self.parts * (self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size))
+        return self.parts * (
+            self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+        )
 
     def __iter__(self):
         epoch, size, (process, world) = self.epoch, self.batch_size, self.process
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n) if self.shuffle else np.arange(self.n)
+        order = (
+            np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            if self.shuffle
+            else np.arange(self.n)
+        )
         for k in range(self.start, len(self))[self.turns]:
             whole, part = divmod(k, self.parts)
-            batch = order[whole * size:(whole + 1) * size]
-            yield [(epoch, i) for i in batch[part * world + process::self.parts * world].tolist()]
+            batch = order[whole * size : (whole + 1) * size]
+            yield [(epoch, i) for i in batch[part * world + process :: self.parts * world].tolist()]
+
 
 def _calm(worker):
     "Ctrl-C and SIGTERM reach the whole process group; the main process alone decides, and saves in peace."
-    for name in (signal.SIGINT, signal.SIGTERM): signal.signal(name, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
 
 @atexit.register
 def _no_orphans():
     "What multiprocessing does with daemons at exit, by a signal that loaders cannot ignore: else it waits for ever."
-    if hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)     # torch would take it for a crash
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a crash
     for worker in multiprocessing.active_children():
-        if worker.daemon: worker.kill()
+        if worker.daemon:
+            worker.kill()
+
 
 def collate(items):
     """Put samples together.
@@ -934,9 +1251,12 @@ def collate(items):
     own
     """
     images, targets, indices, params = zip(*items)
-    place = torch.repeat_interleave(torch.arange(len(targets)), torch.tensor([len(t) for t in targets]))
+    place = torch.repeat_interleave(
+        torch.arange(len(targets)), torch.tensor([len(t) for t in targets])
+    )
     targets = torch.cat([place[:, None].float(), torch.cat(targets)], 1)
     return torch.stack(images), targets, torch.tensor(indices), torch.stack(params)
+
 
 def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None, process=(0, 1)):
     """Batches of a data set, the same whatever the number of workers.
@@ -972,7 +1292,18 @@ def loader(ds, batch, workers=0, shuffle=True, seed=None, drop_last=None, proces
     """
     seed, drop_last = ds.seed if seed is None else seed, shuffle if drop_last is None else drop_last
     context = "fork" if hasattr(os, "fork") else None
-    many = dict(persistent_workers=True, timeout=300, multiprocessing_context=context) if workers else {}
+    many = (
+        dict(persistent_workers=True, timeout=300, multiprocessing_context=context)
+        if workers
+        else {}
+    )
     sampler = EpochBatches(len(ds), batch, shuffle, seed, drop_last, process)
-    return DataLoader(ds, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-                      worker_init_fn=_calm, pin_memory=torch.cuda.is_available(), **many)
+    return DataLoader(
+        ds,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=_calm,
+        pin_memory=torch.cuda.is_available(),
+        **many,
+    )

@@ -23,19 +23,25 @@ class Task(NamedTuple):
     free). An assignment `a` (n,) int is the head of every item: `paid(a)`, `loads(a)` (m, heads), `holds(a)` whether it
     keeps the rules. Raises nothing: sizes are the caller's. Source: own.
     """
+
     heads: int
     cost: np.ndarray
     rivals: np.ndarray
     weights: np.ndarray
     limits: np.ndarray
 
-    def paid(self, a): return float(self.cost[a[:, None] == a].sum() / 2)
-    def loads(self, a): return np.stack([np.bincount(a, w, self.heads) for w in self.weights])
+    def paid(self, a):
+        return float(self.cost[a[:, None] == a].sum() / 2)
+
+    def loads(self, a):
+        return np.stack([np.bincount(a, w, self.heads) for w in self.weights])
+
     def holds(self, a):
         loads = self.loads(a)
         level = (loads.max(1) / self.limits <= loads.min(1) * (1 + 1e-9)).all()
         full = np.bincount(a, minlength=self.heads).min() > 0
         return bool(level and full and not self.rivals[a[:, None] == a].any())
+
 
 def squares(w):
     """The cost by which the squares of the heads' sums of a weight add up: dealing cheaply is then dealing level.
@@ -84,22 +90,26 @@ def swap_changes(task, a):
     """
     n, k = len(a), task.heads
     to, hot = np.append(a, range(k)), np.eye(k)[a]
-    def met(m):                              # by i in j's head without j; by j in i's head without i; by j now
+
+    def met(m):  # by i in j's head without j; by j in i's head without i; by j now
         inside, m = np.pad(m @ hot, ((0, k), (0, 0))), np.pad(m, ((0, 0), (0, k)))
         return inside[:n, to] - m, inside[:, a].T - m, inside[np.arange(n + k), to]
+
     i_there, j_there, now = met(task.cost)
     i_foes, j_foes, _ = met(task.rivals.astype(float))
     bad = (i_foes > 0) | (j_foes > 0) | (a[:, None] == to)
     bad[:, n:] |= (np.bincount(a, minlength=k) < 2)[a][:, None]
     touched = np.eye(k, dtype=bool)[:, None] | np.eye(k, dtype=bool)
     for w, load, limit in zip(task.weights, task.loads(a), task.limits):
-        if limit == np.inf: continue
+        if limit == np.inf:
+            continue
         given = w[:, None] - np.append(w, np.zeros(k))
         pair = np.stack([load[a][:, None] - given, load[to] + given])
         most = np.where(touched, -np.inf, load).max(2)[np.ix_(a, to)]
         least = np.where(touched, np.inf, load).min(2)[np.ix_(a, to)]
         bad |= np.maximum(pair.max(0), most) > limit * np.minimum(pair.min(0), least) * (1 + 1e-9)
     return np.where(bad, np.inf, i_there + j_there - now[:n, None] - now)
+
 
 def swapped(a, place, heads):
     """The assignment after a swap.
@@ -127,9 +137,12 @@ def swapped(a, place, heads):
     """
     i, j = divmod(int(place), len(a) + heads)
     a, n = a.copy(), len(a)
-    if j < n: a[i], a[j] = a[j], a[i]
-    else: a[i] = j - n
+    if j < n:
+        a[i], a[j] = a[j], a[i]
+    else:
+        a[i] = j - n
     return a
+
 
 def search(task, a, enough=lambda a: False, until=np.inf, seed=0):
     """Steepest descent over swaps, kicked out of its valley 5 n times.
@@ -162,12 +175,15 @@ def search(task, a, enough=lambda a: False, until=np.inf, seed=0):
     for _ in range(5 * len(a)):
         while (change := swap_changes(task, a)).min() < -1e-12 and time.monotonic() < until:
             a = swapped(a, change.argmin(), task.heads)
-        if task.paid(a) <= task.paid(best): best = a
-        if enough(best) or time.monotonic() > until: break
+        if task.paid(a) <= task.paid(best):
+            best = a
+        if enough(best) or time.monotonic() > until:
+            break
         a = best
         for _ in range(max(3, len(a) // 8)):
             free = np.flatnonzero(np.isfinite(swap_changes(task, a)))
-            if len(free): a = swapped(a, rng.choice(free), task.heads)
+            if len(free):
+                a = swapped(a, rng.choice(free), task.heads)
     return best
 
 # %% ../nbs/05b_deal.ipynb #41ed7a40
@@ -200,9 +216,9 @@ def cliques(cost, size, until=np.inf, rounds=8, seed=0):
     ----------
     Chopra and Rao 1993 for the inequality; the packing is own.
     """
-    rng, best, found = np.random.default_rng(seed), 0., set()
+    rng, best, found = np.random.default_rng(seed), 0.0, set()
     for r in range(rounds if size <= len(cost) else 0):
-        left, bound = cost * (1 if r == 0 else rng.uniform(.3, 1, cost.shape)), 0.
+        left, bound = cost * (1 if r == 0 else rng.uniform(0.3, 1, cost.shape)), 0.0
         left = np.minimum(left, left.T)
         while left.max(initial=0) > 1e-9 and time.monotonic() < until:
             clique = list(map(int, np.unravel_index(left.argmax(), left.shape)))
@@ -215,7 +231,8 @@ def cliques(cost, size, until=np.inf, rounds=8, seed=0):
             if worth > 1e-9:
                 left[block] = np.maximum(left[block] - worth, 0)
                 bound, found = bound + worth, found | {tuple(sorted(clique))}
-            else: left[clique[0], clique[1]] = left[clique[1], clique[0]] = 0                     # a pair in no clique
+            else:
+                left[clique[0], clique[1]] = left[clique[1], clique[0]] = 0  # a pair in no clique
         best = max(best, bound)
     return sorted(found), best
 
@@ -225,28 +242,48 @@ def _sets(sets, width):
     cells = np.array([(r, c) for r, s in enumerate(sets) for c in s], int).reshape(-1, 2).T
     return sparse.csr_array((np.ones(cells.shape[1]), tuple(cells)), shape=(len(sets), width))
 
+
 def _rows(task, pairs, cuts):
     "Constraints on x (n * heads), y (pairs), least sums (m) and the peak: matrix, low, high."
     n, k, p, kept = len(task.cost), task.heads, len(pairs), np.isfinite(task.limits)
-    each = lambda rows: sparse.kron(rows, sparse.eye_array(k))                                    # once for every head
+    each = lambda rows: sparse.kron(rows, sparse.eye_array(k))  # once for every head
     at = {pair: q for q, pair in enumerate(pairs)}
     foes = [c for c in nx.find_cliques(nx.from_numpy_array(task.rivals)) if len(c) > 1]
-    sums, least = each(task.weights[kept]), sparse.kron(sparse.eye_array(kept.sum()), np.ones((k, 1)))
+    sums, least = (
+        each(task.weights[kept]),
+        sparse.kron(sparse.eye_array(kept.sum()), np.ones((k, 1))),
+    )
     empty = [sparse.csr_array((n, width)) for width in (p, kept.sum(), 1)]
-    rows = [([sparse.kron(sparse.eye_array(n), np.ones((1, k))), *empty], 1, 1),                  # in one head
-            ([each(np.ones((1, n))), None, None, None], 1, np.inf),                               # no empty head
-            ([each(_sets(foes, n)), None, None, None], -np.inf, 1),
-            ([each(_sets(pairs, n)), -sparse.kron(sparse.eye_array(p), np.ones((k, 1))), None, None], -np.inf, 1),
-            ([None, _sets([[at[e] for e in itertools.combinations(c, 2)] for c in cuts], p), None, None], 1, np.inf),
-            ([sums, None, -least, None], 0, np.inf),                                              # least <= sum ...
-            ([sums, None, -least * task.limits[kept], None], -np.inf, 0),                         # ... <= limit * least
-            ([each(task.weights[:1]), None, None, -np.ones((k, 1))], -np.inf, 0)]                 # sum <= peak
+    rows = [
+        ([sparse.kron(sparse.eye_array(n), np.ones((1, k))), *empty], 1, 1),  # in one head
+        ([each(np.ones((1, n))), None, None, None], 1, np.inf),  # no empty head
+        ([each(_sets(foes, n)), None, None, None], -np.inf, 1),
+        (
+            [each(_sets(pairs, n)), -sparse.kron(sparse.eye_array(p), np.ones((k, 1))), None, None],
+            -np.inf,
+            1,
+        ),
+        (
+            [
+                None,
+                _sets([[at[e] for e in itertools.combinations(c, 2)] for c in cuts], p),
+                None,
+                None,
+            ],
+            1,
+            np.inf,
+        ),
+        ([sums, None, -least, None], 0, np.inf),  # least <= sum ...
+        ([sums, None, -least * task.limits[kept], None], -np.inf, 0),  # ... <= limit * least
+        ([each(task.weights[:1]), None, None, -np.ones((k, 1))], -np.inf, 0),
+    ]  # sum <= peak
     height = [next(b for b in blocks if b is not None).shape[0] for blocks, _, _ in rows]
     rows, height = [r for r, h in zip(rows, height) if h], [h for h in height if h]
     low, high = (np.repeat([float(r[s]) for r in rows], height) for s in (1, 2))
     return sparse.block_array([r[0] for r in rows], format="csr"), low, high
 
-def programme(task, seconds, gap=0., peak=False, cuts=()):
+
+def programme(task, seconds, gap=0.0, peak=False, cuts=()):
     """The best assignment by integer programming.
 
     Parameters
@@ -280,16 +317,21 @@ def programme(task, seconds, gap=0., peak=False, cuts=()):
     """
     n, k = len(task.cost), task.heads
     pairs = [] if peak else list(zip(*(v.tolist() for v in np.nonzero(np.triu(task.cost)))))
-    unit = 1e4 / max(task.cost.sum(), 1e-9)                                # HiGHS stops at an absolute gap of 1e-6
+    unit = 1e4 / max(task.cost.sum(), 1e-9)  # HiGHS stops at an absolute gap of 1e-6
     costs, kept = [task.cost[e] * unit for e in pairs], np.isfinite(task.limits).sum()
     price = np.r_[np.zeros(n * k), costs, np.zeros(kept), float(peak)]
     upper = np.where(np.arange(len(price)) < n * k + len(pairs), 1, np.inf)
-    for rank, i in enumerate(np.argsort(-task.cost.sum(0), kind="stable")[:k]): upper[i * k + rank + 1:(i + 1) * k] = 0
-    s = milp(price, integrality=np.arange(len(price)) < n * k, bounds=Bounds(0, upper),
-             constraints=LinearConstraint(*_rows(task, pairs, cuts)),
-             options=dict(time_limit=max(seconds, .1), mip_rel_gap=gap))
+    for rank, i in enumerate(np.argsort(-task.cost.sum(0), kind="stable")[:k]):
+        upper[i * k + rank + 1 : (i + 1) * k] = 0
+    s = milp(
+        price,
+        integrality=np.arange(len(price)) < n * k,
+        bounds=Bounds(0, upper),
+        constraints=LinearConstraint(*_rows(task, pairs, cuts)),
+        options=dict(time_limit=max(seconds, 0.1), mip_rel_gap=gap),
+    )
     bound = -np.inf if s.mip_dual_bound is None else s.mip_dual_bound / (1 if peak else unit)
-    return None if s.x is None else s.x[:n * k].reshape(n, k).argmax(1), bound, s.status == 2
+    return None if s.x is None else s.x[: n * k].reshape(n, k).argmax(1), bound, s.status == 2
 
 # %% ../nbs/05b_deal.ipynb #ee312ab3
 def begin(task, a, until):
@@ -317,19 +359,27 @@ def begin(task, a, until):
     ----------
     own
     """
-    if task.holds(a): return a
+    if task.holds(a):
+        return a
     free, nothing = np.full(len(task.limits), np.inf), np.zeros_like(task.cost)
-    peace = task._replace(cost=task.rivals.astype(float), rivals=np.zeros_like(task.rivals), limits=free)
+    peace = task._replace(
+        cost=task.rivals.astype(float), rivals=np.zeros_like(task.rivals), limits=free
+    )
     a = search(peace, a, lambda a: not peace.paid(a), until)
     if not peace.paid(a):
-        level = sum((squares(w) for w, limit in zip(task.weights, task.limits) if limit < np.inf), nothing)
+        level = sum(
+            (squares(w) for w, limit in zip(task.weights, task.limits) if limit < np.inf), nothing
+        )
         a = search(task._replace(cost=level, limits=free), a, task.holds, until)
-    if task.holds(a): return a
+    if task.holds(a):
+        return a
     a, _, hopeless = programme(task._replace(cost=nothing), until - time.monotonic())
-    if a is None and not hopeless: raise TimeoutError("no assignment found, and none proven impossible")
+    if a is None and not hopeless:
+        raise TimeoutError("no assignment found, and none proven impossible")
     return a
 
-def deal(task, a, until, gap=0., peak=False):
+
+def deal(task, a, until, gap=0.0, peak=False):
     """The best assignment that can be found in time, and a bound that none beats.
 
     Parameters
@@ -365,11 +415,15 @@ def deal(task, a, until, gap=0., peak=False):
     if peak:
         value, bound = lambda a: task.loads(a)[0].max(), up(max(w.sum() / task.heads, w.max()))
         rough = task._replace(cost=squares(w))
-    else: value, (sets, bound) = task.paid, cliques(task.cost, task.heads + 1, until)
+    else:
+        value, (sets, bound) = task.paid, cliques(task.cost, task.heads + 1, until)
     enough = lambda a: value(a) <= bound * (1 + gap) + 1e-9
     a = search(rough, a, enough, (2 * time.monotonic() + until) / 3)
-    if not enough(a) and task.cost.size * task.heads < 1e6:           # beyond, HiGHS does not get past its presolve
+    if (
+        not enough(a) and task.cost.size * task.heads < 1e6
+    ):  # beyond, HiGHS does not get past its presolve
         better, proven, _ = programme(task, until - time.monotonic(), gap, peak, sets)
         bound = max(bound, up(proven))
-        if better is not None and task.holds(better) and value(better) < value(a): a = better
+        if better is not None and task.holds(better) and value(better) < value(a):
+            a = better
     return a, float(value(a)), float(min(bound, value(a)))

@@ -16,10 +16,20 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from scipy.stats import norm, t
 
-from .metrics import IOUS, ap_area, ap_coco, ap_per_class, ap_voc07, match_dets, overlaps, pr_curve
+from mhdet.metrics import (
+    IOUS,
+    ap_area,
+    ap_coco,
+    ap_per_class,
+    ap_voc07,
+    match_dets,
+    overlaps,
+    pr_curve,
+)
 
 # %% ../nbs/05_errors.ipynb #202e5b7c
 KINDS = "Cls Loc Both Dupe Bkg Miss".split()
+
 
 def _nearest(which, d, g, overlap, n):
     "For each of n detections its greatest overlap among the pairs `which`, and with which object (0 and -1 if none)."
@@ -30,18 +40,27 @@ def _nearest(which, d, g, overlap, n):
     most[d[rows]], obj[d[rows]] = overlap[rows], g[rows]
     return most, obj
 
+
 def _wrong(m, gt, box, iou, background):
     "Wrong detections by kind (masks), and the object that a Loc or Cls error reaches for."
     rest, solid = ~m.skip[0] & ~m.tp[0], ~gt["crowd"]
     d, g, overlap = overlaps(gt["box"], gt["image"], box, m.image, background)
     d, g, overlap = (v[rest[d] & solid[g]] for v in (d, g, overlap))
     same, is_a = gt["label"][g] == m.label[d], {}
-    (own, own_g), (other, other_g) = (_nearest(which, d, g, overlap, len(box)) for which in (same, ~same))
-    for kind, test in (("Loc", (own >= background) & (own <= iou)), ("Cls", other >= iou), ("Dupe", own >= iou),
-                       ("Bkg", np.maximum(own, other) <= background), ("Both", True)):
+    (own, own_g), (other, other_g) = (
+        _nearest(which, d, g, overlap, len(box)) for which in (same, ~same)
+    )
+    for kind, test in (
+        ("Loc", (own >= background) & (own <= iou)),
+        ("Cls", other >= iou),
+        ("Dupe", own >= iou),
+        ("Bkg", np.maximum(own, other) <= background),
+        ("Both", True),
+    ):
         is_a[kind] = rest & test
         rest = rest & ~is_a[kind]
     return is_a, np.where(is_a["Loc"], own_g, np.where(is_a["Cls"], other_g, -1))
+
 
 def _surest(rows, m, target):
     "Of the detections `rows` (a mask) the one with the best score for each object."
@@ -56,22 +75,33 @@ def _repaired(m, label, tp, counted, npos, seen):
     "Mean AP over the classes `seen` of changed lists; a class left with neither objects nor detections has none."
     by = np.flatnonzero(counted)
     by = by[np.lexsort((-m.score[by], label[by]))]
-    ap = ap_per_class(m._replace(label=label[by], met=np.where(tp[by], 0, -1)[None], skip=np.zeros((1, len(by)), bool),
-                                 pos_label=np.repeat(np.arange(len(npos)), npos)), len(npos), ap_coco)[0]
+    ap = ap_per_class(
+        m._replace(
+            label=label[by],
+            met=np.where(tp[by], 0, -1)[None],
+            skip=np.zeros((1, len(by)), bool),
+            pos_label=np.repeat(np.arange(len(npos)), npos),
+        ),
+        len(npos),
+        ap_coco,
+    )[0]
     ap[(npos == 0) & (np.bincount(label[by], minlength=len(npos)) > 0)] = 0
     ap = ap[seen & ~np.isnan(ap)]
     return float(ap.mean()) if len(ap) else None
 
+
 def _judged(gt, dt, nc, iou, background):
     "Matches, wrong detections by kind, what each reaches for, whether that is free, objects not found, Miss (masks)."
-    if not 0 < background < iou: raise ValueError(f"background {background}, iou {iou}: 0 < background < iou is due")
+    if not 0 < background < iou:
+        raise ValueError(f"background {background}, iou {iou}: 0 < background < iou is due")
     m, used = match_dets(gt, dt, nc, (iou,), "coco"), np.zeros(len(gt["label"]) + 1, bool)
-    used[m.met[0][m.tp[0]]] = used[-1] = True                                                  # the last is nobody
+    used[m.met[0][m.tp[0]]] = used[-1] = True  # the last is nobody
     is_a, target = _wrong(m, gt, dt["box"][m.order], iou, background)
     free, missed = ~used[target], ~gt["crowd"] & ~used[:-1]
     return m, is_a, target, free, missed, missed & ~np.isin(np.arange(len(missed)), target[free])
 
-def mistakes(gt, dt, nc, iou=.5, background=.1):
+
+def mistakes(gt, dt, nc, iou=0.5, background=0.1):
     """The mistakes that `error_profile` counts, one by one.
 
     Parameters
@@ -97,10 +127,12 @@ def mistakes(gt, dt, nc, iou=.5, background=.1):
     """
     m, is_a, *_, missed = _judged(gt, dt, nc, iou, background)
     kind = np.full(len(m.order), "", "<U4")
-    for name, rows in is_a.items(): kind[m.order[rows]] = name
+    for name, rows in is_a.items():
+        kind[m.order[rows]] = name
     return kind, missed
 
-def error_profile(gt, dt, nc, head_of=None, iou=.5, background=.1):
+
+def error_profile(gt, dt, nc, head_of=None, iou=0.5, background=0.1):
     """What keeps AP down: mistakes by kind, and the AP that repairing each kind would bring.
 
     Parameters
@@ -129,14 +161,21 @@ def error_profile(gt, dt, nc, head_of=None, iou=.5, background=.1):
     Bolya et al. 2020, TIDE; what lies on a crowd is no mistake here. The parts of Cls: own.
     """
     m, is_a, target, free, missed, unseen = _judged(gt, dt, nc, iou, background)
-    tp, counted, label, mended = m.tp[0], ~m.skip[0], np.append(gt["label"], -1), _surest(free, m, target)
+    tp, counted, label, mended = (
+        m.tp[0],
+        ~m.skip[0],
+        np.append(gt["label"], -1),
+        _surest(free, m, target),
+    )
     parts = dict(FP=counted & ~tp, swap=is_a["Cls"] & free, double=is_a["Cls"] & ~free)
     if head_of is not None:
         alike = np.asarray(head_of)[m.label] == np.append(head_of, -1)[label[target]]
         parts |= dict(within=is_a["Cls"] & alike, across=is_a["Cls"] & ~alike)
     npos, out = np.bincount(gt["label"][~gt["crowd"]], minlength=nc), {}
     base = _repaired(m, m.label, tp, counted, npos, npos > 0)
-    gain = lambda *lists: None if (ap := _repaired(m, *lists, npos > 0)) is None or base is None else ap - base
+    gain = lambda *lists: (
+        None if (ap := _repaired(m, *lists, npos > 0)) is None or base is None else ap - base
+    )
     for kind, rows in (is_a | parts).items():
         fix = rows & mended & (kind != "FP")
         ap = gain(np.where(fix, label[target], m.label), tp | fix, counted & (fix | ~rows), npos)
@@ -170,9 +209,12 @@ def mean_profile(profiles):
     own
     """
     mean = lambda values: None if None in (v := list(values)) else float(np.mean(v))
-    errors = {k: {what: mean(p["errors"][k][what] for p in profiles) for what in ("n", "dAP")}
-              for k in profiles[0]["errors"]}
+    errors = {
+        k: {what: mean(p["errors"][k][what] for p in profiles) for what in ("n", "dAP")}
+        for k in profiles[0]["errors"]
+    }
     return dict(AP50=mean(p["AP50"] for p in profiles), errors=errors)
+
 
 def profile_table(profiles):
     """Error profiles side by side, as a table.
@@ -197,8 +239,17 @@ def profile_table(profiles):
     """
     kinds = dict.fromkeys(k for p in profiles.values() for k in p["errors"])
     of = lambda p, k, what: p["errors"].get(k, {}).get(what)
-    return pd.DataFrame([dict(kind=k) | {f"{what} {name}".strip(): of(p, k, what) for what in ("n", "dAP")
-                                         for name, p in profiles.items()} for k in kinds])
+    return pd.DataFrame(
+        [
+            dict(kind=k)
+            | {
+                f"{what} {name}".strip(): of(p, k, what)
+                for what in ("n", "dAP")
+                for name, p in profiles.items()
+            }
+            for k in kinds
+        ]
+    )
 
 # %% ../nbs/05_errors.ipynb #d80dccf8
 def plot_profile(profiles, ax=None):
@@ -226,35 +277,48 @@ def plot_profile(profiles, ax=None):
     kinds = list(next(iter(profiles.values()))["errors"])
     short = lambda n: f"{n:.0f}" if n < 1000 else f"{n / 1000:.1f}k"
     for i, (name, p) in enumerate(profiles.items()):
-        wide = .8 / len(profiles)
-        bars = ax.bar(np.arange(len(kinds)) + (i - (len(profiles) - 1) / 2) * wide,
-                      [p["errors"][k]["dAP"] or 0 for k in kinds], wide, color=f"C{i}", label=name)
+        wide = 0.8 / len(profiles)
+        bars = ax.bar(
+            np.arange(len(kinds)) + (i - (len(profiles) - 1) / 2) * wide,
+            [p["errors"][k]["dAP"] or 0 for k in kinds],
+            wide,
+            color=f"C{i}",
+            label=name,
+        )
         ax.bar_label(bars, [short(p["errors"][k]["n"]) for k in kinds], fontsize=6, padding=1)
-    ax.axvline(5.5, c="grey", lw=.8)
-    ax.axvline(7.5, c="grey", lw=.8)
+    ax.axvline(5.5, c="grey", lw=0.8)
+    ax.axvline(7.5, c="grey", lw=0.8)
     ax.set_xticks(range(len(kinds)), kinds)
     ax.set(ylabel="AP50 gained if repaired")
-    if len(profiles) > 1: ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(profiles))
+    if len(profiles) > 1:
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(profiles))
     return ax
 
 # %% ../nbs/05_errors.ipynb #0c75c6f6
-READINGS = {"AP50": ("coco", (.5,), ap_coco), "AP": ("coco", tuple(IOUS), ap_coco),
-            "voc": ("voc", (.5,), ap_area), "voc07": ("voc", (.5,), ap_voc07)}
+READINGS = {
+    "AP50": ("coco", (0.5,), ap_coco),
+    "AP": ("coco", tuple(IOUS), ap_coco),
+    "voc": ("voc", (0.5,), ap_area),
+    "voc07": ("voc", (0.5,), ap_voc07),
+}
+
 
 def _ranked(gt, dt, nc, n_images, metric, inclusive):
     "What a reading needs of a matching: objects per class and picture; per threshold the curve at its true positives."
-    if metric not in READINGS: raise ValueError(f"metric '{metric}': allowed are {', '.join(READINGS)}")
+    if metric not in READINGS:
+        raise ValueError(f"metric '{metric}': allowed are {', '.join(READINGS)}")
     rule, thresholds, ap = READINGS[metric]
     m, curves = match_dets(gt, dt, nc, thresholds, rule, inclusive), []
     table = lambda rows, cols, n: csr_matrix((np.ones(len(rows)), (rows, cols)), (n, n_images))
     for tp, skip in zip(m.tp, m.skip):
         tp, label, image = tp[~skip], m.label[~skip], m.image[~skip]
         hit = np.flatnonzero(tp)
-        next_hit = np.cumsum(tp) - tp                                # the true positive at or after each detection
-        use = label == np.append(label[hit], -1)[next_hit]           # ... of its own class
+        next_hit = np.cumsum(tp) - tp  # the true positive at or after each detection
+        use = label == np.append(label[hit], -1)[next_hit]  # ... of its own class
         edges = np.searchsorted(label[hit], np.arange(nc + 1))
         curves.append((image[hit], table(next_hit[use], image[use], len(hit)), edges))
     return table(m.pos_label, m.pos_image, nc), curves, ap
+
 
 def _reweighted(ranked, weights):
     objects, curves, ap = ranked
@@ -263,8 +327,10 @@ def _reweighted(ranked, weights):
     for image, since, edges in curves:
         tp, count = weights[image], since @ weights
         for c, (i, j) in enumerate(zip(edges[:-1], edges[1:])):
-            if i < j: out[c] += ap(*pr_curve(tp[i:j].T, npos[c], count[i:j].T)) / len(curves)
+            if i < j:
+                out[c] += ap(*pr_curve(tp[i:j].T, npos[c], count[i:j].T)) / len(curves)
     return np.where(npos > 0, out, np.nan)
+
 
 def weighted_ap(gt, dt, nc, n_images, weights, metric="AP50", inclusive=False):
     """Average precision of every class when pictures count several times or not at all.
@@ -295,28 +361,35 @@ def weighted_ap(gt, dt, nc, n_images, weights, metric="AP50", inclusive=False):
     ----------
     own; the bootstrap over pictures is that of PASCAL VOC.
     """
-    if len(weights) != n_images: raise ValueError(f"weights for {len(weights)} pictures, there are {n_images}")
+    if len(weights) != n_images:
+        raise ValueError(f"weights for {len(weights)} pictures, there are {n_images}")
     return _reweighted(_ranked(gt, dt, nc, n_images, metric, inclusive), np.asarray(weights, float))
 
 # %% ../nbs/05_errors.ipynb #06193d7c
-BLOCK = 250                                                          # replicates at a time: bounds the memory
+BLOCK = 250  # replicates at a time: bounds the memory
+
 
 def _draws(n_images, n, seed):
     "Weights of n resampled test sets, in blocks (n_images, <= BLOCK); one seed, the same pictures."
     rng = np.random.default_rng(seed)
     for k in (min(BLOCK, n - i) for i in range(0, n, BLOCK)):
         drawn = rng.integers(0, n_images, (k, n_images)) + n_images * np.arange(k)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=k * n_images).reshape(k, n_images).T.astype(float)
+        yield (
+            np.bincount(drawn.ravel(), minlength=k * n_images).reshape(k, n_images).T.astype(float)
+        )
+
 
 def _mean(ap):
     "Mean over the classes that occur (nc, R) -> (R,); 0 if none does."
     seen = ~np.isnan(ap)
     return np.where(seen, ap, 0).sum(0) / np.maximum(seen.sum(0), 1)
 
+
 def _span(ap):
     "Ends of the 95 % interval of each row (N, R) -> (N, 2); replicates in which a class did not occur are left out."
     ends = lambda v: np.percentile(v, (2.5, 97.5)) if len(v) else (np.nan, np.nan)
     return np.array([ends(v[~np.isnan(v)]) for v in ap]).reshape(-1, 2)
+
 
 def bootstrap_ap(gt, dt, nc, n_images, n=2000, seed=0, metric="AP50", inclusive=False):
     """AP of one detector with a 95 % interval over pictures.
@@ -347,26 +420,51 @@ def bootstrap_ap(gt, dt, nc, n_images, n=2000, seed=0, metric="AP50", inclusive=
     ranked = _ranked(gt, dt, nc, n_images, metric, inclusive)
     value = _reweighted(ranked, np.ones((n_images, 1)))
     ap = np.concatenate([_reweighted(ranked, w) for w in _draws(n_images, n, seed)], 1)
-    (low, high), = _span(_mean(ap)[None])
-    return dict(value=float(_mean(value)[0]), low=float(low), high=float(high), sd=float(_mean(ap).std(ddof=1)),
-                per_class=np.c_[value, _span(ap)])
+    ((low, high),) = _span(_mean(ap)[None])
+    return dict(
+        value=float(_mean(value)[0]),
+        low=float(low),
+        high=float(high),
+        sd=float(_mean(ap).std(ddof=1)),
+        per_class=np.c_[value, _span(ap)],
+    )
 
 # %% ../nbs/05_errors.ipynb #4bc3fe1d
-SEED_SD = .005      # lent where one seed is all there is: .003 is reported for COCO, and small sets vary more
-FOUND = norm.ppf(.975) + norm.ppf(.8)             # an effect of so many sigmas is found in 80 % of cases
+SEED_SD = 0.005  # lent where one seed is all there is: .003 is reported for COCO, and small sets vary more
+FOUND = norm.ppf(0.975) + norm.ppf(0.8)  # an effect of so many sigmas is found in 80 % of cases
 
-def _found(df): return t.ppf(.975, df) + t.ppf(.8, df)               # FOUND, for noise that is known from few seeds
+
+def _found(df):
+    return t.ppf(0.975, df) + t.ppf(0.8, df)  # FOUND, for noise that is known from few seeds
+
 
 def _seed_noise(a, b, paired, seed_sd):
     "Standard deviation of one training's AP over seeds, variance it gives the difference, degrees of freedom."
-    if paired and len(a) != len(b): raise ValueError(f"seeds in pairs, but {len(a)} and {len(b)} of them")
-    if paired and len(a) > 1: return (s := np.std(b - a, 0, ddof=1)) / math.sqrt(2), s ** 2 / len(a), len(a) - 1
-    df, lent = len(a) + len(b) - 2, np.r_[seed_sd or 0., np.zeros(a.shape[1] - 1)]           # lent to the mean alone
+    if paired and len(a) != len(b):
+        raise ValueError(f"seeds in pairs, but {len(a)} and {len(b)} of them")
+    if paired and len(a) > 1:
+        return (s := np.std(b - a, 0, ddof=1)) / math.sqrt(2), s**2 / len(a), len(a) - 1
+    df, lent = (
+        len(a) + len(b) - 2,
+        np.r_[seed_sd or 0.0, np.zeros(a.shape[1] - 1)],
+    )  # lent to the mean alone
     s = np.sqrt(sum(((x - x.mean(0)) ** 2).sum(0) for x in (a, b)) / df) if df else lent
-    return s, s ** 2 * (1 / len(a) + 1 / len(b)), df or math.inf
+    return s, s**2 * (1 / len(a) + 1 / len(b)), df or math.inf
 
-def paired_diff(gt, dt_a, dt_b, nc, n_images, n=2000, seed=0, metric="AP50", seed_sd=None, paired_seeds=False,
-                inclusive=False):
+
+def paired_diff(
+    gt,
+    dt_a,
+    dt_b,
+    nc,
+    n_images,
+    n=2000,
+    seed=0,
+    metric="AP50",
+    seed_sd=None,
+    paired_seeds=False,
+    inclusive=False,
+):
     """Difference of AP, b minus a, with a 95 % interval over pictures and seeds.
 
     Parameters
@@ -399,26 +497,47 @@ def paired_diff(gt, dt_a, dt_b, nc, n_images, n=2000, seed=0, metric="AP50", see
     Efron 1979; the PASCAL VOC bootstrap; Bouthillier et al. 2021 for the two sources of noise.
     """
     sides = [[x] if isinstance(x, dict) else list(x) for x in (dt_a, dt_b)]
-    if not all(sides): raise ValueError("each side needs one set of detections or more")
-    if min(n_images, n) < 2: raise ValueError(f"{n_images} pictures, {n} replicates: 2 or more of both are due")
+    if not all(sides):
+        raise ValueError("each side needs one set of detections or more")
+    if min(n_images, n) < 2:
+        raise ValueError(f"{n_images} pictures, {n} replicates: 2 or more of both are due")
     ranked = [[_ranked(gt, dt, nc, n_images, metric, inclusive) for dt in side] for side in sides]
-    if not ranked[0][0][0].nnz: raise ValueError("no object counts, so nothing can be compared")
-    both = lambda ap: np.concatenate([_mean(ap)[None], ap])                          # the mean, then the classes
-    read = lambda w: [np.stack([both(_reweighted(r, w)) for r in side]) for side in ranked]    # two (seeds, 1 + nc, R)
+    if not ranked[0][0][0].nnz:
+        raise ValueError("no object counts, so nothing can be compared")
+    both = lambda ap: np.concatenate([_mean(ap)[None], ap])  # the mean, then the classes
+    read = lambda w: [
+        np.stack([both(_reweighted(r, w)) for r in side]) for side in ranked
+    ]  # two (seeds, 1 + nc, R)
     a, b = (x[..., 0] for x in read(np.ones((n_images, 1))))
-    boot = np.concatenate([y.mean(0) - x.mean(0) for x, y in map(read, _draws(n_images, n, seed))], 1)
+    boot = np.concatenate(
+        [y.mean(0) - x.mean(0) for x, y in map(read, _draws(n_images, n, seed))], 1
+    )
     s, variance, df = _seed_noise(a, b, paired_seeds, seed_sd)
     rng = np.random.default_rng((seed, n))
-    luck = np.sqrt(variance)[:, None] * (rng.standard_t(df, n) if df < math.inf else rng.standard_normal(n))
-    noise = np.concatenate([boot + luck, boot - luck], 1)                    # either sign: b - a mirrors a - b exactly
+    luck = np.sqrt(variance)[:, None] * (
+        rng.standard_t(df, n) if df < math.inf else rng.standard_normal(n)
+    )
+    noise = np.concatenate(
+        [boot + luck, boot - luck], 1
+    )  # either sign: b - a mirrors a - b exactly
     delta, span, whole = b.mean(0) - a.mean(0), _span(noise), noise[0]
-    p = min(1., 2 * (1 + min((whole <= 0).sum(), (whole >= 0).sum()) / 2) / (n + 1))
+    p = min(1.0, 2 * (1 + min((whole <= 0).sum(), (whole >= 0).sum()) / 2) / (n + 1))
     known, sd = df < math.inf or seed_sd is not None, math.sqrt(boot[0].var(ddof=1) + variance[0])
-    return dict(delta=float(delta[0]), low=float(span[0, 0]), high=float(span[0, 1]), p=float(p), sd=sd,
-                sd_pictures=float(boot[0].std(ddof=1)), sd_seeds=float(s[0]) if known else None,
-                seeds_a=len(a), seeds_b=len(b), a=float(a[:, 0].mean()), b=float(b[:, 0].mean()),
-                mde=math.hypot(FOUND * boot[0].std(ddof=1), _found(df) * math.sqrt(variance[0])),
-                per_class=np.c_[delta, span][1:])
+    return dict(
+        delta=float(delta[0]),
+        low=float(span[0, 0]),
+        high=float(span[0, 1]),
+        p=float(p),
+        sd=sd,
+        sd_pictures=float(boot[0].std(ddof=1)),
+        sd_seeds=float(s[0]) if known else None,
+        seeds_a=len(a),
+        seeds_b=len(b),
+        a=float(a[:, 0].mean()),
+        b=float(b[:, 0].mean()),
+        mde=math.hypot(FOUND * boot[0].std(ddof=1), _found(df) * math.sqrt(variance[0])),
+        per_class=np.c_[delta, span][1:],
+    )
 
 # %% ../nbs/05_errors.ipynb #ac824088
 def permutation_test(gt, dt_a, dt_b, nc, n_images, n=1000, seed=0, metric="AP50", inclusive=False):
@@ -446,20 +565,35 @@ def permutation_test(gt, dt_a, dt_b, nc, n_images, n=1000, seed=0, metric="AP50"
     Fisher 1935; Good 2005.
     """
     a, b = ([x] if isinstance(x, dict) else list(x) for x in (dt_a, dt_b))
-    if not (a and b): raise ValueError("each side needs one set of detections or more")
+    if not (a and b):
+        raise ValueError("each side needs one set of detections or more")
     later = lambda x: {**x, "image": x["image"] + n_images}
     twice = lambda x, y: {k: np.concatenate([x[k], y[k]]) for k in x}
-    ranked = [_ranked(twice(gt, later(gt)), twice(a[i % len(a)], later(b[i % len(b)])), nc, 2 * n_images, metric,
-                      inclusive) for i in range(max(len(a), len(b)))]
+    ranked = [
+        _ranked(
+            twice(gt, later(gt)),
+            twice(a[i % len(a)], later(b[i % len(b)])),
+            nc,
+            2 * n_images,
+            metric,
+            inclusive,
+        )
+        for i in range(max(len(a), len(b)))
+    ]
+
     def difference(of_b):
         "AP with the weights of b in `of_b` (n_images, R), less AP with the rest."
         ends = [np.concatenate([1 - w, w]) for w in (1 - of_b, of_b)]
         first, second = (np.mean([_mean(_reweighted(r, w)) for r in ranked], 0) for w in ends)
         return second - first
+
     seen, rng = abs(difference(np.ones((n_images, 1)))[0]), np.random.default_rng(seed)
     blocks = (min(BLOCK, n - i) for i in range(0, n, BLOCK))
-    drawn = np.concatenate([difference(rng.integers(0, 2, (n_images, k)).astype(float)) for k in blocks])
+    drawn = np.concatenate(
+        [difference(rng.integers(0, 2, (n_images, k)).astype(float)) for k in blocks]
+    )
     return float((1 + (abs(drawn) >= seen - 1e-12).sum()) / (n + 1))
+
 
 def holm(p):
     """P-values corrected for being several.
@@ -488,7 +622,7 @@ def holm(p):
     return out
 
 # %% ../nbs/05_errors.ipynb #8572011d
-def judge(delta, low, high, margin=0.):
+def judge(delta, low, high, margin=0.0):
     """The verdict on a difference.
 
     Parameters
@@ -515,8 +649,10 @@ def judge(delta, low, high, margin=0.):
     """
     if not low <= high or margin < 0:
         raise ValueError(f"interval [{low}, {high}], margin {margin}: low <= high, margin >= 0")
-    if -margin < low and high < margin: return "equivalent"
+    if -margin < low and high < margin:
+        return "equivalent"
     return "better" if low > 0 else "worse" if high < 0 else "undecided"
+
 
 def seeds_needed(delta, sd_pictures, sd_seeds):
     """Trainings a side with which a difference of this size would be found in 80 % of cases.
@@ -546,13 +682,17 @@ def seeds_needed(delta, sd_pictures, sd_seeds):
     """
     if min(sd_pictures, sd_seeds) < 0:
         raise ValueError(f"standard deviations {sd_pictures} and {sd_seeds} must be 0 or more")
-    room = delta ** 2 - (FOUND * sd_pictures) ** 2
-    if room <= 0: return None
+    room = delta**2 - (FOUND * sd_pictures) ** 2
+    if room <= 0:
+        return None
     n = np.arange(2, 2000)
-    enough = np.flatnonzero(_found(2 * n - 2) ** 2 * 2 * sd_seeds ** 2 / n <= room) if sd_seeds else [-1]
+    enough = (
+        np.flatnonzero(_found(2 * n - 2) ** 2 * 2 * sd_seeds**2 / n <= room) if sd_seeds else [-1]
+    )
     return int(enough[0]) + 2 if len(enough) else math.ceil(2 * (FOUND * sd_seeds) ** 2 / room)
 
-def compare(gt, dt_a, dt_b, nc, n_images, margin=.005, seed_sd=None, swaps=0, **more):
+
+def compare(gt, dt_a, dt_b, nc, n_images, margin=0.005, seed_sd=None, swaps=0, **more):
     """Is b better than a? The difference, its interval and the verdict.
 
     Parameters
@@ -582,13 +722,20 @@ def compare(gt, dt_a, dt_b, nc, n_images, margin=.005, seed_sd=None, swaps=0, **
     own
     """
     d = paired_diff(gt, dt_a, dt_b, nc, n_images, seed_sd=seed_sd, **more)
-    need = None if d["sd_seeds"] is None else seeds_needed(d["delta"], d["sd_pictures"], d["sd_seeds"])
+    need = (
+        None if d["sd_seeds"] is None else seeds_needed(d["delta"], d["sd_pictures"], d["sd_seeds"])
+    )
     kept = {k: v for k, v in more.items() if k in ("seed", "metric", "inclusive")}
     p = permutation_test(gt, dt_a, dt_b, nc, n_images, swaps, **kept) if swaps else None
-    return {**d, "verdict": judge(d["delta"], d["low"], d["high"], margin), "seeds_needed": need, "p_pictures": p}
+    return {
+        **d,
+        "verdict": judge(d["delta"], d["low"], d["high"], margin),
+        "seeds_needed": need,
+        "p_pictures": p,
+    }
 
 # %% ../nbs/05_errors.ipynb #cf1d26be
-def plot_diffs(diffs, margin=0., ax=None, metric="AP50"):
+def plot_diffs(diffs, margin=0.0, ax=None, metric="AP50"):
     """Draw differences with their intervals, one line each.
 
     Parameters
@@ -613,15 +760,17 @@ def plot_diffs(diffs, margin=0., ax=None, metric="AP50"):
     ----------
     own
     """
-    ax = ax or plt.subplots(figsize=(6.4, .8 + .35 * len(diffs)))[1]
-    if margin: ax.axvspan(-margin, margin, color=".9", lw=0)
-    ax.axvline(0, c="grey", lw=.8)
+    ax = ax or plt.subplots(figsize=(6.4, 0.8 + 0.35 * len(diffs)))[1]
+    if margin:
+        ax.axvspan(-margin, margin, color=".9", lw=0)
+    ax.axvline(0, c="grey", lw=0.8)
     for y, d in enumerate(diffs.values()):
         ax.plot([d["low"], d["high"]], [y, y], c="C0", lw=2)
         ax.plot(d["delta"], y, "o", c="C0", ms=5)
         said = judge(d["delta"], d["low"], d["high"], margin)
-        if "seeds_a" in d: said += f", n={d['seeds_a']}/{d['seeds_b']}"
+        if "seeds_a" in d:
+            said += f", n={d['seeds_a']}/{d['seeds_b']}"
         ax.annotate(said, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.set_yticks(range(len(diffs)), list(diffs))
-    ax.set(xlabel=f"difference of {metric} (95 % interval)", ylim=(len(diffs) - .5, -.5))
+    ax.set(xlabel=f"difference of {metric} (95 % interval)", ylim=(len(diffs) - 0.5, -0.5))
     return ax

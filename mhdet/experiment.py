@@ -19,15 +19,34 @@ from scipy.stats import theilslopes
 
 from .augment import compose
 from .boxes import unletterbox
-from .core import HEAD_COLORS, JsonLog, load_cfg, new_run, note_run, run_state, set_seed, this_process
+from mhdet.core import (
+    HEAD_COLORS,
+    JsonLog,
+    load_cfg,
+    new_run,
+    note_run,
+    run_state,
+    set_seed,
+    this_process,
+)
 from .data import DetDataset, census, loader, open_data
 from .heads import Detector, decode, detect, load_foreign, split_heads, transfer
 from .learner import Learner, accumulation, make_accelerator, to_unit
 from .loss import RoutedLoss, scale_gains
 from .metrics import confusion, evaluate
 from .partition import Partition, load_heads, save_heads
-from .policy import (EMA, Checkpoint, Deadline, EarlyStop, FreezeStages, MultiScale, NaNGuard, Recorder, sgd,
-                          stages)
+from mhdet.policy import (
+    EMA,
+    Checkpoint,
+    Deadline,
+    EarlyStop,
+    FreezeStages,
+    MultiScale,
+    NaNGuard,
+    Recorder,
+    sgd,
+    stages,
+)
 from .results import write_confusion, write_results
 from .store import load, read_meta, resume_state
 from .watch import Progress, Track
@@ -57,19 +76,33 @@ def find_run(ref, root="runs"):
     own
     """
     name, at, which = str(ref).rpartition("@")
-    if not at or "/" in which: name, which = str(ref), ""
-    folder = next((p for p in (Path(name), Path(root) / name) if (p / "config.yaml").is_file()), None)
-    if folder is None: raise FileNotFoundError(f"{name}: no run there (looked for {Path(root) / name / 'config.yaml'})")
+    if not at or "/" in which:
+        name, which = str(ref), ""
+    folder = next(
+        (p for p in (Path(name), Path(root) / name) if (p / "config.yaml").is_file()), None
+    )
+    if folder is None:
+        raise FileNotFoundError(
+            f"{name}: no run there (looked for {Path(root) / name / 'config.yaml'})"
+        )
     state = folder / (f"epoch_{int(which):03d}" if which.isdigit() else which or "last")
     if which and not state.is_dir():
-        there = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name.startswith(("last", "best", "epoch")))
-        raise FileNotFoundError(f"{ref}: no state '{state.name}' in {folder}; there is {', '.join(there) or 'none'}")
+        there = sorted(
+            p.name
+            for p in folder.iterdir()
+            if p.is_dir() and p.name.startswith(("last", "best", "epoch"))
+        )
+        raise FileNotFoundError(
+            f"{ref}: no state '{state.name}' in {folder}; there is {', '.join(there) or 'none'}"
+        )
     return folder, state
+
 
 def _fresh(cfg, partition):
     "The untrained detector that a config describes."
     n = cfg.net
     return Detector.make(partition, n.width, n.implicit, n.norm_layer, cfg.train.boxes, n.adapter)
+
 
 def load_run(ref, root="runs"):
     """The detector of a run, with its averaged weights, ready to answer.
@@ -129,20 +162,32 @@ def build(cfg, names, root="runs"):
     partition = load_heads(cfg.net.heads, names) if cfg.net.heads else Partition.single(names)
     set_seed(cfg.train.seed)
     model = _fresh(cfg, partition)
-    if not cfg.net.weights or cfg.net.transfer == "none": return model
-    try: old = load_run(cfg.net.weights, root)[0]
+    if not cfg.net.weights or cfg.net.transfer == "none":
+        return model
+    try:
+        old = load_run(cfg.net.weights, root)[0]
     except FileNotFoundError as e:
-        if not Path(cfg.net.weights).is_file(): raise FileNotFoundError(f"{e}, and no such file") from None
-        old = load_foreign(cfg.net.weights, None if cfg.net.transfer == "intersect" else partition, cfg.net.trust)
+        if not Path(cfg.net.weights).is_file():
+            raise FileNotFoundError(f"{e}, and no such file") from None
+        old = load_foreign(
+            cfg.net.weights, None if cfg.net.transfer == "intersect" else partition, cfg.net.trust
+        )
     if cfg.net.transfer == "intersect":
         transfer(model, old.state_dict())
         return model
-    same = (old.head.partition, old.head.boxes, old.head.adapter) == (partition, cfg.train.boxes, cfg.net.adapter)
+    same = (old.head.partition, old.head.boxes, old.head.adapter) == (
+        partition,
+        cfg.train.boxes,
+        cfg.net.adapter,
+    )
     new = old if same else split_heads(old, partition, cfg.train.boxes, cfg.net.adapter)
     mine, theirs = ({(k, tuple(v.shape)) for k, v in m.state_dict().items()} for m in (model, new))
-    if odd := mine ^ theirs:                                           # else the run could be trained, but not loaded
-        raise ValueError(f"{cfg.net.weights}: of another width, implicit or norm_layer than this run ({min(odd)[0]})")
+    if odd := mine ^ theirs:  # else the run could be trained, but not loaded
+        raise ValueError(
+            f"{cfg.net.weights}: of another width, implicit or norm_layer than this run ({min(odd)[0]})"
+        )
     return new
+
 
 def make_loss(cfg, model):
     """The loss a config describes; gains are scaled from the recipe's 640 px and 80 classes to what is trained.
@@ -166,8 +211,20 @@ def make_loss(cfg, model):
     own
     """
     t, head = cfg.train, model.head
-    gains = scale_gains(cfg.data.imgsz, head.nc, len(head.strides), t.box_gain, t.obj_gain, t.cls_gain)
-    same = ("assign", "boxes", "reduce", "others", "negatives", "single", "label_smoothing", "focal", "anchor_t")
+    gains = scale_gains(
+        cfg.data.imgsz, head.nc, len(head.strides), t.box_gain, t.obj_gain, t.cls_gain
+    )
+    same = (
+        "assign",
+        "boxes",
+        "reduce",
+        "others",
+        "negatives",
+        "single",
+        "label_smoothing",
+        "focal",
+        "anchor_t",
+    )
     options = gains | {k: getattr(t, k) for k in same}
     return RoutedLoss(head.partition, head.anchors.tolist(), head.strides, **options)
 
@@ -234,10 +291,16 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
     ----------
     own
     """
-    was, device, seen, clock = model.training, next(model.parameters()).device, [], 0.
+    was, device, seen, clock = model.training, next(model.parameters()).device, [], 0.0
     model.eval()
-    sizes, batches = torch.from_numpy(data.records.sizes).float(), loader(data, batch, shuffle=False)
-    if accelerator: batches.batch_sampler.turns = slice(accelerator.process_index, None, accelerator.num_processes)
+    sizes, batches = (
+        torch.from_numpy(data.records.sizes).float(),
+        loader(data, batch, shuffle=False),
+    )
+    if accelerator:
+        batches.batch_sampler.turns = slice(
+            accelerator.process_index, None, accelerator.num_processes
+        )
     for images, targets, index, params in batches:
         start = time.perf_counter()
         raws = model(to_unit(images.to(device)))
@@ -245,11 +308,25 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
         clock += time.perf_counter() - start
         at, box, score, label = found
         box = unletterbox(box, params[at])
-        part = index[at], label, torch.minimum(box.clamp(min=0), sizes[index[at]].repeat(1, 2)), score
+        part = (
+            index[at],
+            label,
+            torch.minimum(box.clamp(min=0), sizes[index[at]].repeat(1, 2)),
+            score,
+        )
         terms = loss(raws, targets.to(device)) if loss else {}
-        seen.append((int(index[0]), part, {k: terms[k].cpu() for k in ("box", "obj", "cls") if k in terms}, clock))
+        seen.append(
+            (
+                int(index[0]),
+                part,
+                {k: terms[k].cpu() for k in ("box", "obj", "cls") if k in terms},
+                clock,
+            )
+        )
     model.train(was)
-    _, parts, terms, clocks = zip(*sorted(gather_object(seen) if accelerator else seen, key=lambda s: s[0]))
+    _, parts, terms, clocks = zip(
+        *sorted(gather_object(seen) if accelerator else seen, key=lambda s: s[0])
+    )
     image, label, box, score = (torch.cat(p).numpy() for p in zip(*parts))
     mean = {k: float(torch.stack([t[k] for t in terms]).mean()) for k in terms[0]}
     dt = dict(image=image, label=label, box=box.astype(float), score=score.astype(float))
@@ -280,8 +357,17 @@ def limits(cfg, **changes):
     """
     return dict(conf=cfg.train.conf, iou=cfg.train.nms_iou, max_det=cfg.train.max_det) | changes
 
-def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), engine="pycocotools", root="runs",
-                 device="auto", conf=.25):
+
+def evaluate_run(
+    ref,
+    split="val",
+    data=None,
+    metrics=("coco", "voc07", "voc"),
+    engine="pycocotools",
+    root="runs",
+    device="auto",
+    conf=0.25,
+):
     """Figures of a run on a split; also written into its folder.
 
     Parameters
@@ -313,12 +399,23 @@ def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), 
     """
     model, cfg = load_run(ref, root)
     records = open_data(data or cfg.data.data, split, cfg.data.dev)[split]
-    if records.names != model.head.partition.names: raise ValueError(f"{data}: its classes are not those of run {ref}")
+    if records.names != model.head.partition.names:
+        raise ValueError(f"{data}: its classes are not those of run {ref}")
     ds = dataset(cfg, records)
     dt, facts = predict(model.to(make_accelerator(device).device), ds, **limits(cfg))
     gt, names, folder = ds.records.gt, records.names, find_run(ref, root)[0]
-    out = evaluate(gt, dt, names, len(ds), metrics, records.inclusive, engine, conf, model.head.partition.head_of,
-                   census(records)["per_class"])
+    out = evaluate(
+        gt,
+        dt,
+        names,
+        len(ds),
+        metrics,
+        records.inclusive,
+        engine,
+        conf,
+        model.head.partition.head_of,
+        census(records)["per_class"],
+    )
     write_results(folder / "detections.json", dt, ds.records.ids, records.classes.ids)
     write_confusion(folder / "confusion.csv", confusion(gt, dt, len(names), len(ds)), names)
     pd.DataFrame(out["per_class"]).T.rename_axis("name").to_csv(folder / "ap_per_class.csv")
@@ -326,6 +423,7 @@ def evaluate_run(ref, split="val", data=None, metrics=("coco", "voc07", "voc"), 
 
 # %% ../nbs/15_experiment.ipynb #3cc5b36b
 RESUMABLE = ("epochs", "max_hours", "device", "workers")
+
 
 def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     """What watches a run, in order.
@@ -358,35 +456,53 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     own
     """
     t = cfg.train
-    if t.early_stop and not dev: raise ValueError("early_stop: a dev split is due")
+    if t.early_stop and not dev:
+        raise ValueError("early_stop: a dev split is due")
+
     def judge(learner):
-        if learner.world > 1: broadcast([*learner.ema.buffers()])         # statistics: each process saw other pictures
-        how = limits(cfg, conf=max(t.conf, .01))                                               # enough to choose by
-        dt, facts = predict(learner.ema, dev, 64 // min(learner.parts, 64), loss, learner.accelerator, **how)
+        if learner.world > 1:
+            broadcast([*learner.ema.buffers()])  # statistics: each process saw other pictures
+        how = limits(cfg, conf=max(t.conf, 0.01))  # enough to choose by
+        dt, facts = predict(
+            learner.ema, dev, 64 // min(learner.parts, 64), loss, learner.accelerator, **how
+        )
         names, n = dev.records.names, len(dev)
         found = evaluate(dev.records.gt, dt, names, n, ("coco",))
         terms = {f"dev/{k}": facts[k] for k in ("box", "obj", "cls") if k in facts}
-        return terms | {k: found["coco"][k] for k in ("AP50", "AP")} | {k: found[k] for k in ("P", "R")}
-    more = accumulation(cfg.data.batch, t.nominal_batch)[1] ** {"none": 0, "sqrt": .5, "linear": 1}[t.lr_scaling]
+        return (
+            terms
+            | {k: found["coco"][k] for k in ("AP50", "AP")}
+            | {k: found[k] for k in ("P", "R")}
+        )
+
+    more = (
+        accumulation(cfg.data.batch, t.nominal_batch)[1]
+        ** {"none": 0, "sqrt": 0.5, "linear": 1}[t.lr_scaling]
+    )
     schedules, frozen = stages(t, more)
     parts = dict(model.trunk.named_children()) | dict(model.trunk.layers())
-    wanted = [*schedules,
-              t.multi_scale and MultiScale(*t.multi_scale, seed=t.seed),
-              FreezeStages(parts, frozen),
-              t.ema and EMA(model, t.ema),
-              Recorder(JsonLog(run / "log.jsonl"), judge if dev else None, after=t.eval_after),
-              not quiet and Progress(("train/box", "train/obj", "train/cls", "AP50")),
-              t.track != "none" and Track(t.track, run, cfg.flat()),
-              t.max_hours and Deadline(t.max_hours),
-              t.early_stop and EarlyStop("AP50", t.early_stop),
-              t.restarts and reseed and NaNGuard(run, [t.seed, *t.restart_seeds], reseed, t.restarts),
-              Checkpoint(run, t.keep_every, t.save_steps, "AP50" if dev else None)]
+    wanted = [
+        *schedules,
+        t.multi_scale and MultiScale(*t.multi_scale, seed=t.seed),
+        FreezeStages(parts, frozen),
+        t.ema and EMA(model, t.ema),
+        Recorder(JsonLog(run / "log.jsonl"), judge if dev else None, after=t.eval_after),
+        not quiet and Progress(("train/box", "train/obj", "train/cls", "AP50")),
+        t.track != "none" and Track(t.track, run, cfg.flat()),
+        t.max_hours and Deadline(t.max_hours),
+        t.early_stop and EarlyStop("AP50", t.early_stop),
+        t.restarts and reseed and NaNGuard(run, [t.seed, *t.restart_seeds], reseed, t.restarts),
+        Checkpoint(run, t.keep_every, t.save_steps, "AP50" if dev else None),
+    ]
     return [cb for cb in wanted if cb]
 
 # %% ../nbs/15_experiment.ipynb #75a086e8
 def _begun(run, cfg):
     "The config of a run that is to go on: its heads, and no weights to start from once it has a state of its own."
-    return cfg.override(heads=f"{run}/heads.yaml", **{"weights": None} if read_meta(run / "last") else {})
+    return cfg.override(
+        heads=f"{run}/heads.yaml", **{"weights": None} if read_meta(run / "last") else {}
+    )
+
 
 def _taken_up(run, cfg):
     "A run that is to go on, with what was changed; refused while another process trains it."
@@ -396,21 +512,36 @@ def _taken_up(run, cfg):
     cfg.save(run / "config.yaml")
     return run
 
+
 def _share(records, share):
     "Evenly spaced pictures of a split."
-    return records.subset(np.arange(0, len(records), 1 / share).astype(int)) if share < 1 and len(records) else records
+    return (
+        records.subset(np.arange(0, len(records), 1 / share).astype(int))
+        if share < 1 and len(records)
+        else records
+    )
+
 
 def _learner(cfg, run, model, data, batches, dev, accelerator, quiet):
     "Everything that trains, put together."
     t, loss = cfg.train, make_loss(cfg, model)
     accumulate, share = accumulation(cfg.data.batch, t.nominal_batch)
+
     def reseed(seed):
         set_seed(seed)
         data.seed = batches.batch_sampler.seed = seed
-        batches._iterator = None                                # workers hold copies of the data set: others are begun
-    return Learner(model, loss, sgd(model, t.lr, t.momentum, t.weight_decay * share), batches,
-                   callbacks(cfg, run, model, dev, loss, quiet, reseed), accelerator=accelerator,
-                   accumulate=accumulate, clip=t.clip)
+        batches._iterator = None  # workers hold copies of the data set: others are begun
+
+    return Learner(
+        model,
+        loss,
+        sgd(model, t.lr, t.momentum, t.weight_decay * share),
+        batches,
+        callbacks(cfg, run, model, dev, loss, quiet, reseed),
+        accelerator=accelerator,
+        accumulate=accumulate,
+        clip=t.clip,
+    )
 
 # %% ../nbs/15_experiment.ipynb #10f46378
 def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=()):
@@ -447,27 +578,48 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=()):
     own
     """
     run = find_run(f"{resume}@", root)[0] if resume else None
-    if run: cfg = load_cfg(run / "config.yaml", {k: v for k, v in cfg.flat().items() if k in RESUMABLE} if cfg else {})
+    if run:
+        cfg = load_cfg(
+            run / "config.yaml",
+            {k: v for k, v in cfg.flat().items() if k in RESUMABLE} if cfg else {},
+        )
     accelerator = make_accelerator(cfg.train.device, cfg.train.precision)
     splits = splits or open_data(cfg.data.data, dev=cfg.data.dev)
-    if "train" not in splits: raise ValueError(f"{cfg.data.data}: no train split")
+    if "train" not in splits:
+        raise ValueError(f"{cfg.data.data}: no train split")
     model = build(_begun(run, cfg) if run else cfg, splits["train"].names, root)
     data = dataset(cfg, splits["train"], True, model.head.partition.head_of)
-    batches = loader(data, cfg.data.batch, cfg.data.workers,
-                     process=(accelerator.process_index, accelerator.num_processes))
+    batches = loader(
+        data,
+        cfg.data.batch,
+        cfg.data.workers,
+        process=(accelerator.process_index, accelerator.num_processes),
+    )
     dev = _share(splits.get("dev", ()), cfg.train.eval_share)
     dev = dataset(cfg, dev) if len(dev) else None
-    callbacks(cfg, Path(), model, dev)                             # what is refused is refused before there is a folder
+    callbacks(cfg, Path(), model, dev)  # what is refused is refused before there is a folder
     heads = lambda folder: save_heads(folder / "heads.yaml", model.head.partition)
-    if accelerator.is_main_process: run = _taken_up(run, cfg) if run else new_run(cfg, root, heads)
+    if accelerator.is_main_process:
+        run = _taken_up(run, cfg) if run else new_run(cfg, root, heads)
     run = broadcast_object_list([run])[0]
     learner = _learner(cfg, run, model, data, batches, dev, accelerator, quiet)
     learner.callbacks += more
-    if resume: resume_state(run / "last", learner)
-    note, stopped = note_run if accelerator.is_main_process else lambda *args, **facts: None, "failed"
-    note(run, process=this_process(), stopped=None, precision=f"{cfg.train.precision}: {accelerator.mixed_precision}")
-    try: stopped = learner.fit(cfg.train.epochs).stopped
-    finally: note(run, process=None, stopped=stopped, pictures=len(data))
+    if resume:
+        resume_state(run / "last", learner)
+    note, stopped = (
+        note_run if accelerator.is_main_process else lambda *args, **facts: None,
+        "failed",
+    )
+    note(
+        run,
+        process=this_process(),
+        stopped=None,
+        precision=f"{cfg.train.precision}: {accelerator.mixed_precision}",
+    )
+    try:
+        stopped = learner.fit(cfg.train.epochs).stopped
+    finally:
+        note(run, process=None, stopped=stopped, pictures=len(data))
     return run
 
 # %% ../nbs/15_experiment.ipynb #39593e35
@@ -499,24 +651,50 @@ def load_runs(root="runs"):
     own
     """
     root = Path(root)
-    if not root.is_dir(): raise FileNotFoundError(f"{root}: no such folder; `mhdet train` and `mhdet study` make it")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; `mhdet train` and `mhdet study` make it")
     table = []
     for config in sorted(root.rglob("config.yaml")):
-        if not (config.parent / "heads.yaml").is_file() or config.parent.suffix == ".part": continue
-        try: run, cfg, env = config.parent, load_cfg(config), json.loads((config.parent / "env.json").read_text())
+        if not (config.parent / "heads.yaml").is_file() or config.parent.suffix == ".part":
+            continue
+        try:
+            run, cfg, env = (
+                config.parent,
+                load_cfg(config),
+                json.loads((config.parent / "env.json").read_text()),
+            )
         except (KeyError, ValueError) as e:
             warnings.warn(f"left out: {e.args[0]}")
             continue
         rows = JsonLog(run / "log.jsonl").rows()
-        last, ap = rows[-1] if rows else {}, [r["AP50"] for r in rows if r.get("AP50") is not None] or [np.nan]
+        last, ap = (
+            rows[-1] if rows else {},
+            [r["AP50"] for r in rows if r.get("AP50") is not None] or [np.nan],
+        )
         epoch, epochs = last.get("epoch", 0), cfg.train.epochs
         eta = (epochs - epoch) * (last.get("seconds", np.nan) + last.get("eval_seconds", 0)) / 60
-        state = run_state(run) or ("finished" if epoch >= epochs else env.get("stopped") or "killed")
-        table.append((str(run.relative_to(root)), state, epoch, epochs, eta, ap[-1], max(ap),
-                      last.get("pictures_per_s", np.nan), load_heads(run / "heads.yaml").nh, cfg.train.seed,
-                      env["commit"]))
+        state = run_state(run) or (
+            "finished" if epoch >= epochs else env.get("stopped") or "killed"
+        )
+        table.append(
+            (
+                str(run.relative_to(root)),
+                state,
+                epoch,
+                epochs,
+                eta,
+                ap[-1],
+                max(ap),
+                last.get("pictures_per_s", np.nan),
+                load_heads(run / "heads.yaml").nh,
+                cfg.train.seed,
+                env["commit"],
+            )
+        )
     columns = "run state epoch epochs eta_min AP50 best pictures_per_s nh seed commit".split()
-    return pd.DataFrame(table, columns=columns).sort_values("best", ascending=False, ignore_index=True)
+    return pd.DataFrame(table, columns=columns).sort_values(
+        "best", ascending=False, ignore_index=True
+    )
 
 # %% ../nbs/15_experiment.ipynb #7d21012e
 def plot_runs(runs, keys=("box", "obj", "cls", "AP50"), axes=None):
@@ -546,28 +724,60 @@ def plot_runs(runs, keys=("box", "obj", "cls", "AP50"), axes=None):
     read = lambda run: run if isinstance(run, list) else JsonLog(Path(run) / "log.jsonl").rows()
     tables = {label: pd.DataFrame(read(run)) for label, run in runs.items()}
     for label, table in tables.items():
-        if table.empty: raise FileNotFoundError(f"{runs[label]}: no log.jsonl, or an empty one")
+        if table.empty:
+            raise FileNotFoundError(f"{runs[label]}: no log.jsonl, or an empty one")
     axes = plt.subplots(1, len(keys), figsize=(3 * len(keys), 2.6))[1] if axes is None else axes
     axes = np.atleast_1d(axes)
     for color, (label, table) in zip(HEAD_COLORS * 9, tables.items()):
         for ax, key in zip(axes, keys):
-            for column, style, text in ((f"train/{key}", "-", label), (f"dev/{key}", "--", None), (key, "--", label)):
-                if column in table: ax.plot(table["epoch"], table[column], style, color=color, label=text)
+            for column, style, text in (
+                (f"train/{key}", "-", label),
+                (f"dev/{key}", "--", None),
+                (key, "--", label),
+            ):
+                if column in table:
+                    ax.plot(table["epoch"], table[column], style, color=color, label=text)
             ax.set(xlabel="epoch", title=key if key.startswith("AP") else f"{key} loss")
     axes[-1].legend()
     return axes
 
 # %% ../nbs/15_experiment.ipynb #994d96fd
-PLATEAU = pd.DataFrame(columns="AP50 range train dev verdict advice".split(), data=[
-    ("+", "", "", "", "rising", "train on"),
-    ("-", "", "-", "+", "overfitting", "stop here; more augmentation or data, or a smaller network"),
-    ("-", "", "", "", "falling", "take best/; a smaller rate"),
-    ("0", "wide", "", "", "restless", "a smaller rate, or a longer average (ema)"),
-    ("0", "", "-", "+", "overfitting", "stop here; more augmentation or data, or a smaller network"),
-    ("0", "", "-", "", "plateau", "train on only if the rate still falls, else thaw the next stage"),
-    ("0", "", "", "", "plateau", "stop here, or thaw the next stage")])
+PLATEAU = pd.DataFrame(
+    columns="AP50 range train dev verdict advice".split(),
+    data=[
+        ("+", "", "", "", "rising", "train on"),
+        (
+            "-",
+            "",
+            "-",
+            "+",
+            "overfitting",
+            "stop here; more augmentation or data, or a smaller network",
+        ),
+        ("-", "", "", "", "falling", "take best/; a smaller rate"),
+        ("0", "wide", "", "", "restless", "a smaller rate, or a longer average (ema)"),
+        (
+            "0",
+            "",
+            "-",
+            "+",
+            "overfitting",
+            "stop here; more augmentation or data, or a smaller network",
+        ),
+        (
+            "0",
+            "",
+            "-",
+            "",
+            "plateau",
+            "train on only if the rate still falls, else thaw the next stage",
+        ),
+        ("0", "", "", "", "plateau", "stop here, or thaw the next stage"),
+    ],
+)
 
-def plateau(rows, last=10, gain=.01):
+
+def plateau(rows, last=10, gain=0.01):
     """What the last epochs of a run say.
 
     Parameters
@@ -594,11 +804,13 @@ def plateau(rows, last=10, gain=.01):
     ----------
     Sen 1968; the rules are own.
     """
-    if last < 3: raise ValueError(f"last={last}: 3 epochs or more are due")
+    if last < 3:
+        raise ValueError(f"last={last}: 3 epochs or more are due")
     table = pd.DataFrame(rows)
     table = table[table["AP50"].notna()][-last:] if "AP50" in table else table[:0]
     early = dict(verdict="too early", advice=f"{last} epochs with an AP50 are due")
-    if len(table) < last: return dict.fromkeys(("slope", "range", "train", "dev")) | early
+    if len(table) < last:
+        return dict.fromkeys(("slope", "range", "train", "dev")) | early
     slope = {"AP50": theilslopes(table["AP50"], table["epoch"])[0]}
     for side in ("train", "dev"):
         parts = table.filter(regex=f"^{side}/(box|obj|cls)$").sum(axis=1)
@@ -641,7 +853,21 @@ def report(runs, root="runs"):
         found, folder = evaluate_run(ref, root=root), find_run(ref, root)[0]
         env = json.loads((folder / "env.json").read_text())
         params = sum(p.numel() for p in load_run(ref, root)[0].parameters())
-        figures = {k: found["coco"][k] for k in ("AP50", "AP")} | {k: found[k]["AP50"] for k in ("voc", "voc07")}
-        facts = {k: found[k] for k in ("P", "R", "ms")} | {k: env[k] for k in ("device", "threads", "commit", "date")}
-        table.append(dict(name=str(ref), seed=env["seed"], n=1, pictures=found["n"], **figures, params=params, **facts))
+        figures = {k: found["coco"][k] for k in ("AP50", "AP")} | {
+            k: found[k]["AP50"] for k in ("voc", "voc07")
+        }
+        facts = {k: found[k] for k in ("P", "R", "ms")} | {
+            k: env[k] for k in ("device", "threads", "commit", "date")
+        }
+        table.append(
+            dict(
+                name=str(ref),
+                seed=env["seed"],
+                n=1,
+                pictures=found["n"],
+                **figures,
+                params=params,
+                **facts,
+            )
+        )
     return pd.DataFrame(table)

@@ -25,6 +25,7 @@ from .store import write_atomic
 # %% ../nbs/20_export.ipynb #c46af92e
 class _Answers(torch.nn.Module):
     "Pictures as bytes (B, 3, H, W) to the boxes (B, N, heads, 4) px and scores (B, N, nc) of `decode`, not in place."
+
     def __init__(self, model):
         super().__init__()
         self.model = copy.deepcopy(model).cpu().float().eval()
@@ -32,45 +33,75 @@ class _Answers(torch.nn.Module):
     def forward(self, pictures):
         head, out = self.model.head, []
         top, many = head.rows - head.nc, 1 if head.boxes == "shared" else head.nh
-        for raw, anchor, stride in zip(self.model(pictures.float() / 255), head.anchors, head.strides):
+        for raw, anchor, stride in zip(
+            self.model(pictures.float() / 255), head.anchors, head.strides
+        ):
             rows = as_rows(raw, head.na).sigmoid()
             own = rows[..., :top].unflatten(-1, (many, -1))
-            cell = torch.stack(torch.meshgrid(*map(torch.arange, raw.shape[:1:-1]), indexing="xy"), -1)[:, :, None]
-            centre, half = (2 * own[..., :2] - .5 + cell) * stride, 2 * own[..., 2:4] ** 2 * anchor[:, None, None, None]
+            cell = torch.stack(
+                torch.meshgrid(*map(torch.arange, raw.shape[:1:-1]), indexing="xy"), -1
+            )[:, :, None]
+            centre, half = (
+                (2 * own[..., :2] - 0.5 + cell) * stride,
+                2 * own[..., 2:4] ** 2 * anchor[:, None, None, None],
+            )
             scores = rows[..., top:] * own[..., 4:].flatten(-2)[..., head.head_of]
-            out.append([torch.cat([centre - half, centre + half], -1).flatten(1, 3), scores.flatten(1, 3)])
+            out.append(
+                [torch.cat([centre - half, centre + half], -1).flatten(1, 3), scores.flatten(1, 3)]
+            )
         return tuple(torch.cat(part, 1) for part in zip(*out))
 
 # %% ../nbs/20_export.ipynb #6bfc276c
 class _Picked(torch.autograd.Function):
     "The operation that ONNX has and torch has not; traced, never run."
+
     @staticmethod
-    def forward(ctx, boxes, scores, *limits): return torch.zeros(1, 3, dtype=torch.int64)
+    def forward(ctx, boxes, scores, *limits):
+        return torch.zeros(1, 3, dtype=torch.int64)
 
     @staticmethod
     def symbolic(g, boxes, scores, *limits):
-        return g.op("NonMaxSuppression", boxes, scores, *(g.op("Constant", value_t=torch.tensor([v])) for v in limits))
+        return g.op(
+            "NonMaxSuppression",
+            boxes,
+            scores,
+            *(g.op("Constant", value_t=torch.tensor([v])) for v in limits),
+        )
+
 
 class _Detections(_Answers):
     "Pictures as bytes to `image, box, score, label` as `detect` gives them, and the boxes and scores they are from."
+
     def __init__(self, model, conf, iou, max_det, one_label):
         super().__init__(model)
-        self.limits, self.one_label, head = (max_det, float(iou), float(conf)), one_label, model.head
-        groups = [range(head.nc)] if head.boxes == "shared" else [h.classes for h in head.partition.heads]
+        self.limits, self.one_label, head = (
+            (max_det, float(iou), float(conf)),
+            one_label,
+            model.head,
+        )
+        groups = (
+            [range(head.nc)]
+            if head.boxes == "shared"
+            else [h.classes for h in head.partition.heads]
+        )
         classes = [torch.tensor(g) for g in groups]
-        self.classes = torch.nn.utils.rnn.pad_sequence(classes, True, padding_value=head.nc)          # (heads, slots)
+        self.classes = torch.nn.utils.rnn.pad_sequence(
+            classes, True, padding_value=head.nc
+        )  # (heads, slots)
 
     def forward(self, pictures):
         boxes, scores = super().forward(pictures)
         heads, slots = self.classes.shape
         box = boxes.transpose(1, 2).flatten(0, 1)
         score = scores * (scores == scores.amax(2, keepdim=True)) if self.one_label else scores
-        score = F.pad(score.transpose(1, 2), (0, 0, 0, 1))[:, self.classes.flatten()].unflatten(1, (heads, slots))
+        score = F.pad(score.transpose(1, 2), (0, 0, 0, 1))[:, self.classes.flatten()].unflatten(
+            1, (heads, slots)
+        )
         score = score.flatten(0, 1)
         group, slot, place = _Picked.apply(box, score, *self.limits).unbind(1)
         image, value = group // heads, score[group, slot, place]
-        by_image = torch.where(image == torch.arange(pictures.shape[0])[:, None], value, -1.)
-        best, order = (t[:, :self.limits[0]] for t in by_image.sort(1, descending=True))
+        by_image = torch.where(image == torch.arange(pictures.shape[0])[:, None], value, -1.0)
+        best, order = (t[:, : self.limits[0]] for t in by_image.sort(1, descending=True))
         order = order[best > -1]
         label = self.classes[group % heads, slot]
         return image[order], box[group, place][order], value[order], label[order], boxes, scores
@@ -78,50 +109,81 @@ class _Detections(_Answers):
 # %% ../nbs/20_export.ipynb #05c25be6
 OPSET, SHARE = 18, 1e-4
 
+
 def _need(*names):
     "The modules of these names, or one line that says how to get them."
-    try: return [importlib.import_module(n) for n in names]
-    except ImportError as e: raise ModuleNotFoundError(f'{e}; pip install "mhdet[onnx]"') from None
+    try:
+        return [importlib.import_module(n) for n in names]
+    except ImportError as e:
+        raise ModuleNotFoundError(f'{e}; pip install "mhdet[onnx]"') from None
+
 
 def _traced(net, names):
     "The graph of a net as an ONNX model."
-    onnx, = _need("onnx")
+    (onnx,) = _need("onnx")
     free, some = {0: "batch", 2: "height", 3: "width"}, {0: "n"}
     free = dict(pictures=free, boxes={0: "batch", 1: "places"}, scores={0: "batch", 1: "places"})
     example = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
     with warnings.catch_warnings(), io.BytesIO() as file:
         warnings.simplefilter("ignore")
-        torch.onnx.export(net, (example,), file, dynamo=False, opset_version=OPSET, input_names=["pictures"],
-                          output_names=names, dynamic_axes={k: free.get(k, some) for k in ("pictures", *names)})
+        torch.onnx.export(
+            net,
+            (example,),
+            file,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["pictures"],
+            output_names=names,
+            dynamic_axes={k: free.get(k, some) for k in ("pictures", *names)},
+        )
         graph = onnx.load_from_string(file.getvalue())
-    for out, value in zip(graph.graph.output, net(example)):                      # the sides that are fixed, as numbers
+    for out, value in zip(graph.graph.output, net(example)):  # the sides that are fixed, as numbers
         for k, side in enumerate(out.type.tensor_type.shape.dim):
-            if k not in free.get(out.name, some): side.dim_value = value.shape[k]
+            if k not in free.get(out.name, some):
+                side.dim_value = value.shape[k]
     return graph
+
 
 def _opened(data, threads=0, name="graph"):
     "An ONNX Runtime session of a file's bytes."
-    ort, = _need("onnxruntime")
+    (ort,) = _need("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
-    try: return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as e: raise ValueError(f"{name}: ONNX Runtime cannot read it ({e})") from None
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise ValueError(f"{name}: ONNX Runtime cannot read it ({e})") from None
 
 # %% ../nbs/20_export.ipynb #1071e62d
 def _off(onnx, graph, model, nms):
     "How far a graph is from its model: noise, decoded; what its suppression picks of random boxes, no scores equal."
-    session, g, rows, far = _opened(graph.SerializeToString()), torch.Generator().manual_seed(0), [], np.zeros(1)
+    session, g, rows, far = (
+        _opened(graph.SerializeToString()),
+        torch.Generator().manual_seed(0),
+        [],
+        np.zeros(1),
+    )
     for shape in (1, 3, 96, 160), (3, 3, 192, 64):
         pictures = torch.randint(256, shape, dtype=torch.uint8, generator=g)
-        boxes, scores = map(torch.from_numpy, session.run(["boxes", "scores"], dict(pictures=pictures.numpy())))
+        boxes, scores = map(
+            torch.from_numpy, session.run(["boxes", "scores"], dict(pictures=pictures.numpy()))
+        )
         due = decode(model(to_unit(pictures)), model.head)
         box, score = (boxes - due[0]).abs(), (scores - due[1]).abs().max().item()
-        rows.append((max((box / (max(shape) + due[0].abs())).max().item(), score), box.max().item(), score))
+        rows.append(
+            (max((box / (max(shape) + due[0].abs())).max().item(), score), box.max().item(), score)
+        )
     if nms is not None:
-        tail = onnx.utils.Extractor(graph).extract_model(["pictures", "boxes", "scores"], [*Detections._fields])
+        tail = onnx.utils.Extractor(graph).extract_model(
+            ["pictures", "boxes", "scores"], [*Detections._fields]
+        )
         low, size = torch.rand(2, *boxes.shape[:3], 2, generator=g) * 99
         boxes, order = torch.cat([low, low + size], -1), torch.randperm(scores.numel(), generator=g)
-        fed = dict(pictures=pictures, boxes=boxes, scores=(scores := ((order + 1) / len(order)).view(scores.shape)))
+        fed = dict(
+            pictures=pictures,
+            boxes=boxes,
+            scores=(scores := ((order + 1) / len(order)).view(scores.shape)),
+        )
         found = _opened(tail.SerializeToString()).run(None, {k: v.numpy() for k, v in fed.items()})
         due = detect(boxes, scores, model.head.head_of, **nms)
         far = detections_apart(Detections(*found)._asdict(), due._asdict(), SHARE, SHARE)
@@ -130,7 +192,8 @@ def _off(onnx, graph, model, nms):
 
 # %% ../nbs/20_export.ipynb #c0be8b47
 LETTERBOX = "long side to imgsz, bilinear with antialias, centred; the rest is 114; boxes are in px of that square"
-NMS = dict(conf=.001, iou=.65, max_det=300, one_label=False)
+NMS = dict(conf=0.001, iou=0.65, max_det=300, one_label=False)
+
 
 @torch.no_grad()
 def to_onnx(model, path, imgsz=640, nms=None):
@@ -171,35 +234,57 @@ def to_onnx(model, path, imgsz=640, nms=None):
     ONNX opset 18: NonMaxSuppression; own.
     """
     (onnx, _), path, head = _need("onnx", "onnxruntime"), Path(path), model.head
-    if imgsz < 32 or imgsz % 32: raise ValueError(f"imgsz={imgsz}: a multiple of 32 is due")
-    if odd := [k for k in nms or {} if k not in NMS]: raise ValueError(f"nms: '{odd[0]}' is none of {', '.join(NMS)}")
-    if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent}: no such folder")
+    if imgsz < 32 or imgsz % 32:
+        raise ValueError(f"imgsz={imgsz}: a multiple of 32 is due")
+    if odd := [k for k in nms or {} if k not in NMS]:
+        raise ValueError(f"nms: '{odd[0]}' is none of {', '.join(NMS)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder")
     net, names = _Answers(model), ["boxes", "scores"]
     if nms is not None:
         nms = NMS | nms
-        detect(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1), torch.zeros(1, dtype=int), **nms)    # has the same limits
+        detect(
+            torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1), torch.zeros(1, dtype=int), **nms
+        )  # has the same limits
         net, names = _Detections(model, **nms), [*Detections._fields, *names]
     graph = _traced(net.eval(), names)
-    facts = dict(mhdet=__version__, names=head.partition.names, heads=[h.name for h in head.partition.heads],
-                 head_of=head.head_of.tolist(), strides=head.strides, imgsz=imgsz, letterbox=LETTERBOX, nms=nms)
+    facts = dict(
+        mhdet=__version__,
+        names=head.partition.names,
+        heads=[h.name for h in head.partition.heads],
+        head_of=head.head_of.tolist(),
+        strides=head.strides,
+        imgsz=imgsz,
+        letterbox=LETTERBOX,
+        nms=nms,
+    )
     onnx.helper.set_model_props(graph, {k: json.dumps(v) for k, v in facts.items()})
     onnx.checker.check_model(graph, full_check=True)
     off = _off(onnx, graph, net.model, nms)
-    if not off["error"] <= SHARE: raise ValueError(f"{path}: not written, it is off the model by {off['error']:.2g}")
-    if nms is not None: del graph.graph.output[len(Detections._fields):]                # they were there to be checked
+    if not off["error"] <= SHARE:
+        raise ValueError(f"{path}: not written, it is off the model by {off['error']:.2g}")
+    if nms is not None:
+        del graph.graph.output[len(Detections._fields) :]  # they were there to be checked
     session = _opened(data := graph.SerializeToString())
-    forms = [{v.name: f"{v.type} {v.shape}" for v in vs} for vs in (session.get_inputs(), session.get_outputs())]
+    forms = [
+        {v.name: f"{v.type} {v.shape}" for v in vs}
+        for vs in (session.get_inputs(), session.get_outputs())
+    ]
     write_atomic(path, data)
-    return dict(path=str(path), bytes=len(data), opset=OPSET, inputs=forms[0], outputs=forms[1], **off)
+    return dict(
+        path=str(path), bytes=len(data), opset=OPSET, inputs=forms[0], outputs=forms[1], **off
+    )
 
 # %% ../nbs/20_export.ipynb #6d380ed7
 def _picture(picture):
     "A file, an array or a PIL image as a PIL image."
-    if isinstance(picture, (str, Path)): return read_picture(picture)
+    if isinstance(picture, (str, Path)):
+        return read_picture(picture)
     pixels = np.asarray(picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"a picture is uint8 (H, W, 3), got {pixels.dtype} {pixels.shape}")
     return Image.fromarray(pixels)
+
 
 def onnx_facts(path):
     """What a file of `to_onnx` says of itself.
@@ -225,10 +310,14 @@ def onnx_facts(path):
     ----------
     own
     """
-    session = path if hasattr(path, "get_modelmeta") else _opened(Path(path).read_bytes(), name=path)
+    session = (
+        path if hasattr(path, "get_modelmeta") else _opened(Path(path).read_bytes(), name=path)
+    )
     facts = session.get_modelmeta().custom_metadata_map
-    if "mhdet" not in facts: raise ValueError(f"{path}: not written by mhdet: it does not name its classes and heads")
+    if "mhdet" not in facts:
+        raise ValueError(f"{path}: not written by mhdet: it does not name its classes and heads")
     return session, {k: json.loads(v) for k, v in facts.items()}
+
 
 def run_onnx(path, pictures, imgsz=None, batch=16, **limits):
     """Answers of an ONNX file, in pixels of the pictures.
@@ -262,14 +351,20 @@ def run_onnx(path, pictures, imgsz=None, batch=16, **limits):
     """
     session, facts = onnx_facts(path)
     side, pictures = imgsz or facts["imgsz"], [_picture(p) for p in pictures]
-    if side % 32 or not pictures: raise ValueError(f"{len(pictures)} pictures, imgsz={side}: a multiple of 32 is due")
-    if limits and facts["nms"]: raise ValueError(f"'{next(iter(limits))}' is fixed in {path}: {facts['nms']}")
+    if side % 32 or not pictures:
+        raise ValueError(f"{len(pictures)} pictures, imgsz={side}: a multiple of 32 is due")
+    if limits and facts["nms"]:
+        raise ValueError(f"'{next(iter(limits))}' is fixed in {path}: {facts['nms']}")
     squares, params = zip(*(letterbox(p, side) for p in pictures))
     parts, squares = [], np.stack(squares).transpose(0, 3, 1, 2)
     for start in range(0, len(squares), batch):
-        some = np.ascontiguousarray(squares[start:start + batch])
+        some = np.ascontiguousarray(squares[start : start + batch])
         out = [torch.from_numpy(v) for v in session.run(None, dict(pictures=some))]
-        found = Detections(*out) if facts["nms"] else detect(*out, torch.tensor(facts["head_of"]), **limits)
+        found = (
+            Detections(*out)
+            if facts["nms"]
+            else detect(*out, torch.tensor(facts["head_of"]), **limits)
+        )
         parts.append(found._replace(image=found.image + start))
     found = Detections(*map(torch.cat, zip(*parts)))
     sizes = torch.tensor([p.size for p in pictures], dtype=torch.float32)[found.image].repeat(1, 2)

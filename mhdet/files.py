@@ -15,8 +15,10 @@ from .core import parsed
 
 # %% ../nbs/00b_files.ipynb #d077d272
 def _bytes(path):
-    if not os.path.isfile(path): raise FileNotFoundError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
     return Path(path).read_bytes()
+
 
 def read_json(path):
     """A JSON file as plain data, NaN and infinity included.
@@ -41,8 +43,11 @@ def read_json(path):
     RFC 8259.
     """
     data = _bytes(path)
-    try: return msgspec.json.decode(data)                          # fast, and refuses NaN, which the library reads
-    except (msgspec.MsgspecError, ValueError, RecursionError): return parsed(path, "JSON", lambda: json.loads(data))
+    try:
+        return msgspec.json.decode(data)  # fast, and refuses NaN, which the library reads
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return parsed(path, "JSON", lambda: json.loads(data))
+
 
 def read_table(path):
     """Rows of a CSV file, empty lines left out.
@@ -69,9 +74,11 @@ def read_table(path):
     RFC 4180.
     """
     data = _bytes(path)
+
     def rows():
         table = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         return [(table.line_num, row) for row in table if row]
+
     return parsed(path, "CSV", rows)
 
 # %% ../nbs/00b_files.ipynb #351f0b12
@@ -95,10 +102,22 @@ def as_id(value):
     ----------
     own
     """
-    if type(value) in (int, str): return value
+    if type(value) in (int, str):
+        return value
     return int(value) if type(value) is float and value.is_integer() else None
 
-_FLAGS = {None: False, 0: False, 1: True, "": False, "0": False, "1": True, "false": False, "true": True}
+
+_FLAGS = {
+    None: False,
+    0: False,
+    1: True,
+    "": False,
+    "0": False,
+    "1": True,
+    "false": False,
+    "true": True,
+}
+
 
 def as_flag(value):
     """Yes or no, as annotations write it.
@@ -122,6 +141,7 @@ def as_flag(value):
     own
     """
     return _FLAGS.get(value) if isinstance(value, (str, int, float, type(None))) else None
+
 
 def read_names(names):
     """Class names, as YAML files list them.
@@ -148,7 +168,8 @@ def read_names(names):
         if set(names) != set(range(len(names))):
             raise ValueError(f"names: the numbers 0..{len(names) - 1} are due as keys")
         names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not names: raise ValueError(f"names: a list is due, got {str(names)[:200]!r}")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"names: a list is due, got {str(names)[:200]!r}")
     for name in names:
         if type(name) not in (str, int):
             raise ValueError(f"names: text is due, got {str(name)[:200]!r}; put it in quotes")

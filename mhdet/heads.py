@@ -23,8 +23,13 @@ from .model import Trunk, yolov7_tiny
 from .partition import Head, Partition
 
 # %% ../nbs/08_heads.ipynb #1a564f0b
-ANCHORS = [[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]]   # px
+ANCHORS = [
+    [[10, 13], [16, 30], [33, 23]],
+    [[30, 61], [62, 45], [59, 119]],
+    [[116, 90], [156, 198], [373, 326]],
+]  # px
 STRIDES = (8, 16, 32)
+
 
 def as_rows(raw, na=3):
     """A raw map seen anchor by anchor; a view, nothing is copied.
@@ -50,6 +55,7 @@ def as_rows(raw, na=3):
     """
     return raw.unflatten(1, (na, -1)).permute(0, 1, 3, 4, 2)
 
+
 def spread_rows(nh, nc, boxes="head"):
     """Where the rows of an anchor are: five of each head, then the classes, as numbers of the layer's own rows.
 
@@ -72,9 +78,13 @@ def spread_rows(nh, nc, boxes="head"):
     ----------
     own
     """
-    if boxes == "head": return list(range(5 * nh + nc))
-    if boxes != "shared": raise ValueError(f"boxes: '{boxes}' is none of head, shared")
-    return [r if r < 4 else 4 + h for h in range(nh) for r in range(5)] + list(range(4 + nh, 4 + nh + nc))
+    if boxes == "head":
+        return list(range(5 * nh + nc))
+    if boxes != "shared":
+        raise ValueError(f"boxes: '{boxes}' is none of head, shared")
+    return [r if r < 4 else 4 + h for h in range(nh) for r in range(5)] + list(
+        range(4 + nh, 4 + nh + nc)
+    )
 
 # %% ../nbs/08_heads.ipynb #4d24a423
 class Adapter(nn.Module):
@@ -84,16 +94,23 @@ class Adapter(nn.Module):
     the features, weighed by channel and by place. `ValueError`: another kind. Source: He et al. 2016 (bottleneck), Woo
     et al. 2018 (CBAM); the zero start: Goyal et al. 2017.
     """
+
     def __init__(self, channels, kind="bottleneck"):
         super().__init__()
-        if kind not in ("bottleneck", "cbam"): raise ValueError(f"adapter: '{kind}' is none of bottleneck, cbam")
+        if kind not in ("bottleneck", "cbam"):
+            raise ValueError(f"adapter: '{kind}' is none of bottleneck, cbam")
         self.kind, mid = kind, max(channels // 4, 8)
         self.squeeze, self.widen = nn.Conv2d(channels, mid, 1), nn.Conv2d(mid, channels, 1)
-        self.mix = nn.Conv2d(mid, mid, 3, padding=1) if kind == "bottleneck" else nn.Conv2d(2, 1, 7, padding=3)
+        self.mix = (
+            nn.Conv2d(mid, mid, 3, padding=1)
+            if kind == "bottleneck"
+            else nn.Conv2d(2, 1, 7, padding=3)
+        )
         self.gain = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x):
-        if self.kind == "bottleneck": return self.gain * self.widen(F.silu(self.mix(F.silu(self.squeeze(x)))))
+        if self.kind == "bottleneck":
+            return self.gain * self.widen(F.silu(self.mix(F.silu(self.squeeze(x)))))
         pooled = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
         x = x * sum(self.widen(F.relu(self.squeeze(p))) for p in pooled).sigmoid()
         place = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
@@ -110,44 +127,75 @@ class MultiHead(nn.Module):
     made; a number of maps that is not 3 raises `ValueError`. With `adapter` every head reads the features through an
     `Adapter` of that kind. Source: own; for one head Wang, Bochkovskiy, Liao 2022.
     """
-    def __init__(self, partition, channels, implicit=False, anchors=ANCHORS, strides=STRIDES, boxes="head",
-                 adapter="none"):
+
+    def __init__(
+        self,
+        partition,
+        channels,
+        implicit=False,
+        anchors=ANCHORS,
+        strides=STRIDES,
+        boxes="head",
+        adapter="none",
+    ):
         super().__init__()
-        if len(channels) != len(strides): raise ValueError(f"{len(channels)} maps for {len(strides)} strides")
-        self.partition, self.nh, self.nc, self.strides = partition, partition.nh, partition.nc, tuple(strides)
+        if len(channels) != len(strides):
+            raise ValueError(f"{len(channels)} maps for {len(strides)} strides")
+        self.partition, self.nh, self.nc, self.strides = (
+            partition,
+            partition.nh,
+            partition.nc,
+            tuple(strides),
+        )
         self.register_buffer("head_of", torch.tensor(partition.head_of), persistent=False)
         self.register_buffer("anchors", torch.as_tensor(anchors, dtype=torch.float32))
         self.boxes, self.adapter, self.spread = boxes, adapter, spread_rows(self.nh, self.nc, boxes)
         self.na, self.rows = self.anchors.shape[1], max(self.spread) + 1
         self.m = nn.ModuleList(nn.Conv2d(c, self.na * self.rows, 1) for c in channels)
-        def noise(sizes): return [torch.randn(1, n, 1, 1) * .02 for n in sizes]
+
+        def noise(sizes):
+            return [torch.randn(1, n, 1, 1) * 0.02 for n in sizes]
+
         self.ia = nn.ParameterList(noise(channels)) if implicit else None
-        self.im = nn.ParameterList(1 + n for n in noise([self.na * self.rows] * len(channels))) if implicit else None
+        self.im = (
+            nn.ParameterList(1 + n for n in noise([self.na * self.rows] * len(channels)))
+            if implicit
+            else None
+        )
         kinds = [adapter] * (self.nh if adapter != "none" else 0)
-        self.adapters = nn.ModuleList(nn.ModuleList(Adapter(c, kind) for kind in kinds) for c in channels)
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(Adapter(c, kind) for kind in kinds) for c in channels
+        )
         self.init_bias()
 
     @torch.no_grad()
     def init_bias(self):
         for conv, stride in zip(self.m, self.strides):
             b = conv.bias.view(self.na, self.rows)
-            b[:, self.spread[4:5 * self.nh:5]] += math.log(8 / self.nh / (640 / stride) ** 2)
-            b[:, self.spread[5 * self.nh:]] += math.log(.6 / (self.nc - .99))
+            b[:, self.spread[4 : 5 * self.nh : 5]] += math.log(8 / self.nh / (640 / stride) ** 2)
+            b[:, self.spread[5 * self.nh :]] += math.log(0.6 / (self.nc - 0.99))
 
     def forward(self, maps):
-        ia, im = self.ia or [0.] * len(self.m), self.im or [1.] * len(self.m)
-        raws = [conv(x if self.ia is None else a + x) for conv, a, x in zip(self.m, ia, maps, strict=True)]
+        ia, im = self.ia or [0.0] * len(self.m), self.im or [1.0] * len(self.m)
+        raws = [
+            conv(x if self.ia is None else a + x)
+            for conv, a, x in zip(self.m, ia, maps, strict=True)
+        ]
         for l, blocks in enumerate(self.adapters):
             for h, block in enumerate(blocks):
                 rows = self.rows_of(h)
-                raws[l] = raws[l].index_add(1, rows, F.conv2d(block(maps[l]), self.m[l].weight[rows]))
+                raws[l] = raws[l].index_add(
+                    1, rows, F.conv2d(block(maps[l]), self.m[l].weight[rows])
+                )
         return raws if self.im is None else [k * raw for k, raw in zip(im, raws)]
 
     def rows_of(self, h):
         "Channels that head h alone answers with: its box rows unless they are shared, objectness, classes."
-        own = self.spread[5 * h + (4 if self.boxes == "shared" else 0):5 * h + 5]
+        own = self.spread[5 * h + (4 if self.boxes == "shared" else 0) : 5 * h + 5]
         own += [self.spread[5 * self.nh + c] for c in self.partition.heads[h].classes]
-        return torch.tensor([a * self.rows + r for a in range(self.na) for r in own], device=self.head_of.device)
+        return torch.tensor(
+            [a * self.rows + r for a in range(self.na) for r in own], device=self.head_of.device
+        )
 
 # %% ../nbs/08_heads.ipynb #3e9b3ba4
 class Detector(nn.Module):
@@ -156,20 +204,23 @@ class Detector(nn.Module):
     `trunk` a `Trunk`, `head` a `MultiHead` for its channels. `detect(pictures, **limits)` answers with
     `Detections`. Sides that are not multiples of 32 raise `ValueError`. Source: own.
     """
+
     def __init__(self, trunk, head):
         super().__init__()
         self.trunk, self.head = trunk, head
 
     @classmethod
-    def make(cls, partition, width=1., implicit=False, norm="bn", boxes="head", adapter="none"):
+    def make(cls, partition, width=1.0, implicit=False, norm="bn", boxes="head", adapter="none"):
         trunk = yolov7_tiny(width, norm)
         head = MultiHead(partition, trunk.channels, implicit, boxes=boxes, adapter=adapter)
         return cls(trunk, head).to(memory_format=torch.channels_last)
 
-    def forward(self, x): return self.head(self.trunk(x))
+    def forward(self, x):
+        return self.head(self.trunk(x))
 
     @torch.no_grad()
-    def detect(self, x, **limits): return detect(*decode(self(x), self.head), self.head.head_of, **limits)
+    def detect(self, x, **limits):
+        return detect(*decode(self(x), self.head), self.head.head_of, **limits)
 
 # %% ../nbs/08_heads.ipynb #f8ed8466
 @torch.no_grad()
@@ -199,25 +250,43 @@ def decode(raws, head):
     ----------
     Wang, Bochkovskiy, Liao 2022; gathering by head: own.
     """
-    views, shared, top = [as_rows(r, head.na) for r in raws], head.boxes == "shared", head.rows - head.nc
+    views, shared, top = (
+        [as_rows(r, head.na) for r in raws],
+        head.boxes == "shared",
+        head.rows - head.nc,
+    )
     odd = [v.shape[4] for v in views if v.shape[4] != head.rows]
-    if odd: raise RuntimeError(f"{odd[0]} rows an anchor, due are {head.rows}: {head.nh} heads, {head.nc} classes")
+    if odd:
+        raise RuntimeError(
+            f"{odd[0]} rows an anchor, due are {head.rows}: {head.nh} heads, {head.nc} classes"
+        )
     sizes = [v.shape[1:4].numel() for v in views]
     boxes = raws[0].new_empty(len(raws[0]), sum(sizes), nb := 1 if shared else head.nh, 4)
     scores = raws[0].new_empty(len(raws[0]), sum(sizes), head.nc)
-    owner = F.one_hot(head.head_of, head.nh).T.to(scores)                     # (nh, nc)
+    owner = F.one_hot(head.head_of, head.nh).T.to(scores)  # (nh, nc)
     outs = boxes.split(sizes, 1), scores.split(sizes, 1)
-    both = torch.eye(2, device=scores.device, dtype=scores.dtype).repeat(1, 2)             # to the corners: xy and xy
-    out_of = both * both.new_tensor([-1, -1, 1, 1])                                        # half of w, h away from xy
+    both = torch.eye(2, device=scores.device, dtype=scores.dtype).repeat(
+        1, 2
+    )  # to the corners: xy and xy
+    out_of = both * both.new_tensor([-1, -1, 1, 1])  # half of w, h away from xy
     for v, box, score, anchor, stride in zip(views, *outs, head.anchors, head.strides):
         (A, H, W), own = v.shape[1:4], v[..., :top].contiguous().sigmoid_()
-        score, obj = torch.sigmoid(v[..., top:], out=score.view(*v.shape[:4], head.nc)), own[..., 4::1 if shared else 5]
+        score, obj = (
+            torch.sigmoid(v[..., top:], out=score.view(*v.shape[:4], head.nc)),
+            own[..., 4 :: 1 if shared else 5],
+        )
         own = own[..., None, :5].contiguous() if shared else own.unflatten(-1, (nb, 5))
-        score *= obj @ owner                  # a product with one 1 a class looks up, faster than indexing does
-        grid = torch.stack(torch.meshgrid(*(torch.arange(n, device=v.device) for n in (W, H)), indexing="xy"), -1)
-        corner = ((grid - .5) * stride).repeat(1, 1, 2 * nb).view(H, W, nb, 4)
+        score *= obj @ owner  # a product with one 1 a class looks up, faster than indexing does
+        grid = torch.stack(
+            torch.meshgrid(*(torch.arange(n, device=v.device) for n in (W, H)), indexing="xy"), -1
+        )
+        corner = ((grid - 0.5) * stride).repeat(1, 1, 2 * nb).view(H, W, nb, 4)
         own[..., 2:4].square_()
-        turn = [2 * stride * both.expand(A, 2, 4), 2 * anchor[..., None].to(both) * out_of, both.new_zeros(A, 1, 4)]
+        turn = [
+            2 * stride * both.expand(A, 2, 4),
+            2 * anchor[..., None].to(both) * out_of,
+            both.new_zeros(A, 1, 4),
+        ]
         torch.matmul(own.flatten(2, 4), torch.cat(turn, 1), out=box.view(len(v), A, -1, 4))
         box.view(*v.shape[:4], nb, 4).add_(corner)
     return boxes, scores
@@ -229,13 +298,25 @@ class Detections(NamedTuple):
     `image (n,)` position in the batch, `box (n, 4)` xyxy px of the input, `score (n,)`, `label (n,)` class id.
     Raises nothing. Source: own.
     """
+
     image: torch.Tensor
     box: torch.Tensor
     score: torch.Tensor
     label: torch.Tensor
 
+
 @torch.no_grad()
-def detect(boxes, scores, head_of, conf=.001, iou=.65, max_det=300, one_label=False, cap=30_000, prefix=1024):
+def detect(
+    boxes,
+    scores,
+    head_of,
+    conf=0.001,
+    iou=0.65,
+    max_det=300,
+    one_label=False,
+    cap=30_000,
+    prefix=1024,
+):
     """Non-maximum suppression by picture and class.
 
     Parameters
@@ -269,9 +350,11 @@ def detect(boxes, scores, head_of, conf=.001, iou=.65, max_det=300, one_label=Fa
     ----------
     torchvision.ops.batched_nms; the prefix: own.
     """
-    if not (0 <= conf <= 1 and 0 <= iou <= 1): raise ValueError(f"conf and iou lie in 0..1, got {conf} and {iou}")
+    if not (0 <= conf <= 1 and 0 <= iou <= 1):
+        raise ValueError(f"conf and iou lie in 0..1, got {conf} and {iou}")
     nc, n = scores.shape[2], scores[0].numel()
-    if one_label: scores = scores * (scores == scores.amax(2, keepdim=True))
+    if one_label:
+        scores = scores * (scores == scores.amax(2, keepdim=True))
     todo, found = torch.arange(len(scores), device=scores.device), []
     for k in sorted({min(prefix, n), min(cap, n)}):
         value, where = scores[todo].flatten(1).topk(k)
@@ -282,13 +365,16 @@ def detect(boxes, scores, head_of, conf=.001, iou=.65, max_det=300, one_label=Fa
         box = boxes[todo[image], anchor, head_of[label] % boxes.shape[2]]
         keep = nms(box, value, image * nc + label, iou)
         keep = keep[image[keep].argsort(stable=True)]
-        rank = torch.arange(len(keep), device=keep.device) - torch.searchsorted(image[keep], image[keep])
+        rank = torch.arange(len(keep), device=keep.device) - torch.searchsorted(
+            image[keep], image[keep]
+        )
         kept = torch.bincount(image[keep], minlength=len(todo))
         done = (kept >= max_det) | (live.sum(1) < k) | (k == min(cap, n))
         keep = keep[(rank < max_det) & done[image[keep]]]
         found.append(Detections(todo[image[keep]], box[keep], value[keep], label[keep]))
         todo = todo[~done]
-        if not len(todo): break
+        if not len(todo):
+            break
     out = Detections(*map(torch.cat, zip(*found)))
     return Detections(*(t[out.image.argsort(stable=True)] for t in out))
 
@@ -329,14 +415,25 @@ def split_heads(model, partition, boxes=None, adapter="none"):
         raise ValueError("split_heads: the partition is of other classes than the model's")
     parents = [sorted({int(old.head_of[c]) for c in h.classes}) for h in partition.heads]
     for h, p in zip(partition.heads, parents):
-        if len(p) > 1: raise ValueError(f"split_heads: head '{h.name}' mixes classes of heads {p}; merge these first")
+        if len(p) > 1:
+            raise ValueError(
+                f"split_heads: head '{h.name}' mixes classes of heads {p}; merge these first"
+            )
     boxes = boxes or old.boxes
-    if len(old.adapters[0]): raise ValueError("split_heads: heads with adapters cannot be split")
+    if len(old.adapters[0]):
+        raise ValueError("split_heads: heads with adapters cannot be split")
     if (boxes, old.boxes) == ("shared", "head") and old.nh > 1:
         raise ValueError(f"split_heads: the boxes of {old.nh} heads cannot be shared")
-    new = MultiHead(partition, [m.in_channels for m in old.m], old.ia is not None, old.anchors, old.strides, boxes,
-                    adapter)
-    full = [old.spread[5 * p + r] for p, in parents for r in range(5)] + old.spread[5 * old.nh:]
+    new = MultiHead(
+        partition,
+        [m.in_channels for m in old.m],
+        old.ia is not None,
+        old.anchors,
+        old.strides,
+        boxes,
+        adapter,
+    )
+    full = [old.spread[5 * p + r] for (p,) in parents for r in range(5)] + old.spread[5 * old.nh :]
     rows = torch.tensor([full[new.spread.index(r)] for r in range(new.rows)])
     rows = (torch.arange(old.na)[:, None] * old.rows + rows).flatten().to(old.head_of.device)
     pick = {"m": lambda v: v[rows], "im": lambda v: v[:, rows]}
@@ -350,6 +447,7 @@ def _head_rows(partition):
     "Row numbers of each head inside one anchor's rows: its own five, then its classes."
     own = [[5 * partition.nh + c for c in head.classes] for head in partition.heads]
     return [[*range(5 * h, 5 * h + 5), *classes] for h, classes in enumerate(own)]
+
 
 def to_foreign(model, fused=None):
     """Weights under the reference's names.
@@ -374,19 +472,33 @@ def to_foreign(model, fused=None):
     ----------
     Names: Wang, Bochkovskiy, Liao 2022, public implementation.
     """
-    out = {f"model.{i}.{k}": v for i, conv in model.trunk.layers() for k, v in conv.state_dict().items()}
+    out = {
+        f"model.{i}.{k}": v
+        for i, conv in model.trunk.layers()
+        for k, v in conv.state_dict().items()
+    }
     head, fused = model.head, model.head.nh == 1 if fused is None else fused
-    if head.boxes == "shared" and head.nh > 1: raise ValueError("to_foreign: several heads have no shared boxes there")
-    if len(head.adapters[0]): raise ValueError("to_foreign: heads have no adapters there")
-    if not fused and head.ia is not None: raise ValueError("to_foreign: heads stored apart have no implicit vectors")
+    if head.boxes == "shared" and head.nh > 1:
+        raise ValueError("to_foreign: several heads have no shared boxes there")
+    if len(head.adapters[0]):
+        raise ValueError("to_foreign: heads have no adapters there")
+    if not fused and head.ia is not None:
+        raise ValueError("to_foreign: heads stored apart have no implicit vectors")
     rows = _head_rows(head.partition)
     grid = head.anchors / torch.tensor(head.strides, device=head.anchors.device)[:, None, None]
-    out |= {"model.77.anchors": grid, "model.77.anchor_grid": head.anchors.view(len(head.m), 1, -1, 1, 1, 2)}
+    out |= {
+        "model.77.anchors": grid,
+        "model.77.anchor_grid": head.anchors.view(len(head.m), 1, -1, 1, 1, 2),
+    }
     for l, conv in enumerate(head.m):
         for k, v in conv.state_dict().items():
-            if fused: out[f"model.77.m.{l}.{k}"] = v
-            else: out |= {f"model.77.heads.{h}.{l}.{k}": v.unflatten(0, (head.na, -1))[:, r].flatten(0, 1)
-                          for h, r in enumerate(rows)}
+            if fused:
+                out[f"model.77.m.{l}.{k}"] = v
+            else:
+                out |= {
+                    f"model.77.heads.{h}.{l}.{k}": v.unflatten(0, (head.na, -1))[:, r].flatten(0, 1)
+                    for h, r in enumerate(rows)
+                }
         for kind in ("ia", "im") if head.ia is not None else ():
             out[f"model.77.{kind}.{l}.implicit"] = getattr(head, kind)[l].data
     return out
@@ -419,33 +531,50 @@ def read_tensors(path, trust=False):
     own
     """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file")
-    try: return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError: pass
-    try: state = torch.load(path, map_location="cpu", weights_only=not trust)
-    except Exception as e:                               # whatever a broken or hostile file makes torch raise
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError:
+        pass
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=not trust)
+    except Exception as e:  # whatever a broken or hostile file makes torch raise
         why = f"not tensors alone (safetensors, torch weights): {str(e).split('.')[0]}"
         hint = "" if trust else "; --trust opens what is pickled, which may run code"
         raise ValueError(f"{path}: {why}{hint}") from None
     for key in ("ema", "model", "state_dict"):
         state = (state.get(key) or state) if isinstance(state, dict) else state
         state = state.state_dict() if isinstance(state, nn.Module) else state
-    if not isinstance(state, dict): raise ValueError(f"{path}: holds a {type(state).__name__}, weights by name are due")
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, weights by name are due")
+    return {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in state.items()
+        if isinstance(v, torch.Tensor)
+    }
 
 # %% ../nbs/08_heads.ipynb #31657c5c
 def _filed(where, state, partition):
     "The partition of a file's heads: one head if it has one, else as asked for; for None its own, classes by number."
     keys = (f"model.77.{part}.0.bias" for part in ("m", *(f"heads.{h}" for h in range(len(state)))))
     sizes = [len(state[k]) // 3 - 5 for k in keys if k in state]
-    if not sizes: raise ValueError(f"{where}: no 'model.77.m' and no 'model.77.heads'; not a detector of this family")
+    if not sizes:
+        raise ValueError(
+            f"{where}: no 'model.77.m' and no 'model.77.heads'; not a detector of this family"
+        )
     if partition is None:
         ids = iter(range(sum(sizes)))
-        return Partition([Head(str(h), list(itertools.islice(ids, n))) for h, n in enumerate(sizes)],
-                         [str(c) for c in range(sum(sizes))])
-    if sizes == [partition.nc]: return Partition.single(partition.names)
-    if len(sizes) not in (1, partition.nh): raise ValueError(f"{where}: has {len(sizes)} heads; their head file is due")
+        return Partition(
+            [Head(str(h), list(itertools.islice(ids, n))) for h, n in enumerate(sizes)],
+            [str(c) for c in range(sum(sizes))],
+        )
+    if sizes == [partition.nc]:
+        return Partition.single(partition.names)
+    if len(sizes) not in (1, partition.nh):
+        raise ValueError(f"{where}: has {len(sizes)} heads; their head file is due")
     return partition
+
 
 @torch.no_grad()
 def load_foreign(source, partition=None, trust=False):
@@ -480,23 +609,29 @@ def load_foreign(source, partition=None, trust=False):
     if "model.76.conv.weight" not in state:
         raise ValueError(f"{where}: no 'model.76.conv.weight'; not a detector of this family")
     partition = _filed(where, state, partition)
-    model = Detector.make(partition, len(state["model.76.conv.weight"]) / 512, "model.77.ia.0.implicit" in state)
+    model = Detector.make(
+        partition, len(state["model.76.conv.weight"]) / 512, "model.77.ia.0.implicit" in state
+    )
     want = to_foreign(model, "model.77.m.0.weight" in state)
     for k in sorted(want.keys() | state.keys()):
         a, b = (tuple(d[k].shape) if k in d else None for d in (state, want))
         due = f"a detector of {partition.nc} classes has {'none' if b is None else b}"
-        if a != b: raise ValueError(f"{where}: '{k}' is {'missing' if a is None else a}, {due}")
+        if a != b:
+            raise ValueError(f"{where}: '{k}' is {'missing' if a is None else a}, {due}")
     _fill(model, state, _head_rows(partition))
     return model.eval()
 
+
 def _fill(model, state, rows):
     "Copy tensors with the reference's names into a detector."
-    for i, conv in model.trunk.layers(): conv.load_state_dict({k: state[f"model.{i}.{k}"] for k in conv.state_dict()})
+    for i, conv in model.trunk.layers():
+        conv.load_state_dict({k: state[f"model.{i}.{k}"] for k in conv.state_dict()})
     head = model.head
     head.anchors.copy_(state["model.77.anchor_grid"].view_as(head.anchors))
     for l, conv in enumerate(head.m):
         for k, v in conv.state_dict().items():
-            if f"model.77.m.{l}.{k}" in state: v.copy_(state[f"model.77.m.{l}.{k}"])
+            if f"model.77.m.{l}.{k}" in state:
+                v.copy_(state[f"model.77.m.{l}.{k}"])
             else:
                 for h, r in enumerate(rows):
                     part = state[f"model.77.heads.{h}.{l}.{k}"]
@@ -532,6 +667,9 @@ def transfer(model, state):
     """
     mine = model.state_dict()
     fits = {k: v for k, v in state.items() if k in mine and v.shape == mine[k].shape}
-    if not fits: raise ValueError("transfer: no tensor of that name and shape; is this a state dict of another family?")
+    if not fits:
+        raise ValueError(
+            "transfer: no tensor of that name and shape; is this a state dict of another family?"
+        )
     model.load_state_dict(fits, strict=False)
     return len(fits), len(mine)

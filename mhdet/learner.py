@@ -19,6 +19,7 @@ from torch import nn
 # %% ../nbs/11_learner.ipynb #14c2913e
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
+
 def make_accelerator(device="auto", precision="auto"):
     """The device, precision and processes of a run.
 
@@ -44,25 +45,34 @@ def make_accelerator(device="auto", precision="auto"):
     own; loss scaling: Micikevicius et al. 2018.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device}: allowed are auto, cpu, cuda (choose a GPU by CUDA_VISIBLE_DEVICES)")
+        raise ValueError(
+            f"device={device}: allowed are auto, cpu, cuda (choose a GPU by CUDA_VISIBLE_DEVICES)"
+        )
     if precision not in ("auto", *PRECISION):
         raise ValueError(f"precision={precision}: allowed are auto, {', '.join(PRECISION)}")
     cuda = device != "cpu" and torch.cuda.is_available()
-    if device == "cuda" and not cuda: raise ValueError("device=cuda: this machine shows no CUDA device")
-    if precision == "fp16" and not cuda: raise ValueError("precision=fp16 needs CUDA; allowed here are fp32, bf16")
+    if device == "cuda" and not cuda:
+        raise ValueError("device=cuda: this machine shows no CUDA device")
+    if precision == "fp16" and not cuda:
+        raise ValueError("precision=fp16 needs CUDA; allowed here are fp32, bf16")
     if precision == "auto":
-        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        half = (
+            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        )
         precision = half if cuda else "fp32"
     # accelerate keeps one state a process; a second run in it may want another precision or device
     alone = not PartialState._shared_state or PartialState().num_processes == 1
     AcceleratorState._reset_state(reset_partial_state=alone)
-    cpu = device == "cpu" or not torch.accelerator.is_available()        # said, or several processes each run alone
+    cpu = (
+        device == "cpu" or not torch.accelerator.is_available()
+    )  # said, or several processes each run alone
     return Accelerator(cpu=cpu, mixed_precision=PRECISION[precision])
 
 # %% ../nbs/11_learner.ipynb #88161030
 class StopFit(Exception):
     """Raised by a callback to end a fit in good order; its text is the reason, `learner.stopped`. No error. Source:
     own."""
+
 
 class NonFinite(RuntimeError):
     """A loss, or the norm of its gradient, that is NaN or infinite, caught before it reaches the weights.
@@ -72,11 +82,14 @@ class NonFinite(RuntimeError):
     counted from 1, once a `Loop` has seen it. An error itself; raised by `Step.step`, and by what validates. Source:
     own.
     """
+
     epoch = None
+
     def __init__(self, step, terms, reason="nan"):
         bad = [k for k, v in terms.items() if not abs(v) < float("inf")]
         super().__init__(f"step {step}: loss is not finite (terms: {', '.join(bad)})")
         self.step, self.terms, self.reason = step, terms, reason
+
 
 class OutOfMemory(RuntimeError):
     """A batch that does not fit into memory, after its tensors have been let go.
@@ -84,10 +97,13 @@ class OutOfMemory(RuntimeError):
     `step` is the count of optimiser steps done, `epoch` as in `NonFinite`, `reason` is `out of memory`. An error
     itself; raised by `Loop.fit`, unless a callback's `on_memory` has made room. Source: own.
     """
+
     epoch = None
+
     def __init__(self, step, message):
         super().__init__(f"step {step}: {message.splitlines()[0]}")
         self.step, self.terms, self.reason = step, {}, "out of memory"
+
 
 class Callback:
     """What watches or steers a fit; every hook does nothing unless overridden.
@@ -98,17 +114,39 @@ class Callback:
     window, of which a part would be done twice, they put the reason into `learner.asked`. Source: own; the hooks of
     fastai's and mmcv's runners.
     """
+
     name = property(lambda self: type(self).__name__.lower())
-    def before_fit(self, learner): pass
-    def before_epoch(self, learner): pass
-    def before_batch(self, learner): pass
-    def after_batch(self, learner): pass
-    def after_epoch(self, learner): pass
-    def after_fit(self, learner): pass
-    def on_nonfinite(self, learner, error): return False
-    def on_memory(self, learner, error): return False
-    def state_dict(self): return {}
-    def load_state_dict(self, state): pass
+
+    def before_fit(self, learner):
+        pass
+
+    def before_epoch(self, learner):
+        pass
+
+    def before_batch(self, learner):
+        pass
+
+    def after_batch(self, learner):
+        pass
+
+    def after_epoch(self, learner):
+        pass
+
+    def after_fit(self, learner):
+        pass
+
+    def on_nonfinite(self, learner, error):
+        return False
+
+    def on_memory(self, learner, error):
+        return False
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
 
 def call_hook(learner, hook, *args):
     """One hook of every callback of a learner, in list order.
@@ -138,9 +176,12 @@ def call_hook(learner, hook, *args):
     """
     out, stop = [], None
     for cb in learner.callbacks:
-        try: out.append(getattr(cb, hook)(learner, *args))
-        except StopFit as reason: stop = reason
-    if stop: raise stop
+        try:
+            out.append(getattr(cb, hook)(learner, *args))
+        except StopFit as reason:
+            stop = reason
+    if stop:
+        raise stop
     return out
 
 # %% ../nbs/11_learner.ipynb #f1bab3f3
@@ -163,9 +204,12 @@ def to_unit(images):
     ----------
     own
     """
-    if images.dtype != torch.uint8: return images
+    if images.dtype != torch.uint8:
+        return images
     layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
-    return images.contiguous(memory_format=layout).float().div_(255)               # bytes are turned faster than floats
+    return (
+        images.contiguous(memory_format=layout).float().div_(255)
+    )  # bytes are turned faster than floats
 
 # %% ../nbs/11_learner.ipynb #76d173e6
 def accumulation(batch, nominal=64):
@@ -192,7 +236,8 @@ def accumulation(batch, nominal=64):
     ----------
     Wang, Bochkovskiy, Liao 2022 (recipe).
     """
-    if min(batch, nominal) < 1: raise ValueError(f"batch={batch}, nominal={nominal}: both must be 1 or more")
+    if min(batch, nominal) < 1:
+        raise ValueError(f"batch={batch}, nominal={nominal}: both must be 1 or more")
     n = max(1, round(nominal / batch))
     return n, n * batch / nominal
 
@@ -208,9 +253,22 @@ class Step:
     the whole batch is the sum of theirs, and `wrap` is due when other parameters are to have gradients. Raises
     `ValueError` (device, precision, accumulate, clip) and `NonFinite`. Source: own, on Hugging Face accelerate.
     """
-    def __init__(self, model, loss, optimizer, *, device="auto", precision="auto", accelerator=None, accumulate=1,
-                 clip=0., prepare=to_unit):
-        if accumulate < 1 or clip < 0: raise ValueError(f"accumulate={accumulate}, clip={clip}: allowed from 1, from 0")
+
+    def __init__(
+        self,
+        model,
+        loss,
+        optimizer,
+        *,
+        device="auto",
+        precision="auto",
+        accelerator=None,
+        accumulate=1,
+        clip=0.0,
+        prepare=to_unit,
+    ):
+        if accumulate < 1 or clip < 0:
+            raise ValueError(f"accumulate={accumulate}, clip={clip}: allowed from 1, from 0")
         self.accelerator = accelerator or make_accelerator(device, precision)
         self.device, self.world = self.accelerator.device, self.accelerator.num_processes
         self.model = self.ema = model.to(self.device, memory_format=torch.channels_last)
@@ -224,26 +282,41 @@ class Step:
     def wrap(self):
         "The model as it is called: in several processes, the one that adds up their gradients."
         place = dict(device_ids=[self.device.index]) if self.device.type == "cuda" else {}
-        self.net = nn.parallel.DistributedDataParallel(self.model, **place) if self.world > 1 else self.model
+        self.net = (
+            nn.parallel.DistributedDataParallel(self.model, **place)
+            if self.world > 1
+            else self.model
+        )
 
     def step(self, batch, last=False):
         "Forward and backward of (images (B, ...), targets, *rest); an optimiser step when the window is full."
         images, targets, *_ = send_to_device(batch, self.device, non_blocking=True)
         full = last or self.pending + 1 == self.accumulate
         with contextlib.nullcontext() if full else self.accelerator.no_sync(self.net):
-            with self.accelerator.autocast(): outputs = self.net(self.prepare(images))
+            with self.accelerator.autocast():
+                outputs = self.net(self.prepare(images))
             terms = self.loss(convert_to_fp32(outputs), targets)
-            self.accelerator.backward(terms["loss"] * self.world)     # processes average; a sum is meant
+            self.accelerator.backward(
+                terms["loss"] * self.world
+            )  # processes average; a sum is meant
         self.names, self.values = list(terms), torch.stack([v.detach() for v in terms.values()])
         self.window = self.values if self.window is None else self.window + self.values
         self.pending += 1
-        if not full: return
-        if self.world > 1: self.window = self.accelerator.reduce(self.window)       # all see what one of them sees
+        if not full:
+            return
+        if self.world > 1:
+            self.window = self.accelerator.reduce(self.window)  # all see what one of them sees
         if not self.window.isfinite().all():
             raise NonFinite(self.steps, dict(zip(self.names, self.window.tolist())))
-        if self.clip: norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-        else: norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if not self.accelerator.scaler and not norm.isfinite():           # a scaler leaves such a step out by itself
+        if self.clip:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        else:
+            norm = nn.utils.get_total_norm(
+                [p.grad for p in self.model.parameters() if p.grad is not None]
+            )
+        if (
+            not self.accelerator.scaler and not norm.isfinite()
+        ):  # a scaler leaves such a step out by itself
             raise NonFinite(self.steps, {"gradient": norm.item()})
         self.optimizer.step()
         self.forget()
@@ -279,11 +352,16 @@ def batches_from(loader, epoch, start):
     own
     """
     able = [p for p in (loader, getattr(loader, "batch_sampler", None)) if hasattr(p, "set_epoch")]
-    if able: able[0].set_epoch(epoch, start)
-    with torch.random.fork_rng(devices=[]):              # loaders draw seeds for workers, resumed ones at other times
+    if able:
+        able[0].set_epoch(epoch, start)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # loaders draw seeds for workers, resumed ones at other times
         batches = iter(loader)
-        for _ in range(0 if able else start): next(batches)
+        for _ in range(0 if able else start):
+            next(batches)
     return batches
+
 
 @contextlib.contextmanager
 def noting_signals(note):
@@ -308,14 +386,19 @@ def noting_signals(note):
     ----------
     own
     """
+
     def ask(number, _):
-        if note: raise KeyboardInterrupt
+        if note:
+            raise KeyboardInterrupt
         note.append(signal.Signals(number).name)
+
     main = threading.current_thread() is threading.main_thread()
     old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try: yield
+    try:
+        yield
     finally:
-        for s, handler in old.items(): signal.signal(s, handler)
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/11_learner.ipynb #ddd1386b
 class Course(Step):
@@ -327,27 +410,36 @@ class Course(Step):
     processes. `divide(parts)`: from here on every batch comes in so many parts, and the steps stay the same; the
     loader's `batch_sampler.divide` raises where that is not possible. Source: own.
     """
+
     def __init__(self, model, loss, optimizer, loader, callbacks=(), **step):
         super().__init__(model, loss, optimizer, **step)
         self.loader, self.n_batches, self.callbacks = loader, len(loader), list(callbacks)
         self.steps_per_epoch = -(-self.n_batches // self.accumulate)
         self.epoch = self.batch = self.epochs = 0
-        self.stopped, self.row, self.asked, self.waited, self.parts = None, {}, [], 0., 1
+        self.stopped, self.row, self.asked, self.waited, self.parts = None, {}, [], 0.0, 1
 
     def divide(self, parts):
-        if parts == self.parts: return
+        if parts == self.parts:
+            return
         sampler = getattr(self.loader, "batch_sampler", None)
-        if not hasattr(sampler, "divide"): raise ValueError("this loader's batches come in one part")
+        if not hasattr(sampler, "divide"):
+            raise ValueError("this loader's batches come in one part")
         sampler.divide(parts)
-        self.loader._iterator = None                             # workers that were asked for the batches of before
-        self.batch, self.accumulate = self.batch * parts // self.parts, self.accumulate * parts // self.parts
+        self.loader._iterator = None  # workers that were asked for the batches of before
+        self.batch, self.accumulate = (
+            self.batch * parts // self.parts,
+            self.accumulate * parts // self.parts,
+        )
         self.parts, self.n_batches = parts, len(self.loader)
 
     def heard(self):
         "Whether this or another process was asked to stop."
-        if self.world == 1: return bool(self.asked)
-        if self.asked: self.accelerator.set_trigger()
-        if not self.accelerator.check_trigger(): return False
+        if self.world == 1:
+            return bool(self.asked)
+        if self.asked:
+            self.accelerator.set_trigger()
+        if not self.accelerator.check_trigger():
+            return False
         self.asked[:] = sum(gather_object([[*self.asked]]), [])
         return True
 
@@ -369,27 +461,35 @@ class Loop(Course):
                 while self.epoch < epochs:
                     if failure := self.attempt():
                         hook = "on_memory" if isinstance(failure, OutOfMemory) else "on_nonfinite"
-                        if not any(call_hook(self, hook, failure)): raise failure
-            except StopFit as reason: self.stopped = str(reason)
+                        if not any(call_hook(self, hook, failure)):
+                            raise failure
+            except StopFit as reason:
+                self.stopped = str(reason)
             call_hook(self, "after_fit")
         return self
 
     def attempt(self):
         "The rest of the current epoch; returns what a callback may be able to mend."
         epoch = self.epoch + 1
-        try: return self.one_epoch()
-        except NonFinite as error: failure = error.with_traceback(None)
+        try:
+            return self.one_epoch()
+        except NonFinite as error:
+            failure = error.with_traceback(None)
         except RuntimeError as error:
-            if self.world > 1 or not should_reduce_batch_size(error): raise
-            failure = OutOfMemory(self.steps, str(error))        # without the frames, which hold what did not fit
+            if self.world > 1 or not should_reduce_batch_size(error):
+                raise
+            failure = OutOfMemory(
+                self.steps, str(error)
+            )  # without the frames, which hold what did not fit
         self.forget()
-        if self.device.type == "cuda": torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         failure.epoch = epoch
         return failure
 
     def one_epoch(self):
         "The rest of the current epoch, from `batch` on."
-        batches, self.waited = batches_from(self.loader, self.epoch, self.batch), 0.
+        batches, self.waited = batches_from(self.loader, self.epoch, self.batch), 0.0
         self.model.train()
         call_hook(self, "before_epoch")
         while self.batch < self.n_batches:
@@ -400,7 +500,8 @@ class Loop(Course):
             self.step(self.data, last=self.batch + 1 == self.n_batches)
             self.batch += 1
             call_hook(self, "after_batch")
-            if not self.pending and self.heard(): raise StopFit(self.asked[0])
+            if not self.pending and self.heard():
+                raise StopFit(self.asked[0])
         self.epoch, self.batch = self.epoch + 1, 0
         call_hook(self, "after_epoch")
 
@@ -411,13 +512,19 @@ class Learner(Loop):
     Arguments, attributes and errors are those of `Loop` and `Step`: `Learner(model, loss, optimizer, loader,
     callbacks=(), *, device, precision, accelerator, accumulate, clip, prepare)`. Source: own.
     """
+
     def state_dict(self):
         "All that is needed to go on: weights, optimiser, scaler, position, and what callbacks keep."
         scaler = self.accelerator.scaler
-        out = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                   scaler=scaler.state_dict() if scaler else {},
-                   position=dict(epoch=self.epoch, batch=(self.batch - self.pending) // self.parts, steps=self.steps),
-                   parts=self.parts)                                        # whole batches, however they are divided
+        out = dict(
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler else {},
+            position=dict(
+                epoch=self.epoch, batch=(self.batch - self.pending) // self.parts, steps=self.steps
+            ),
+            parts=self.parts,
+        )  # whole batches, however they are divided
         for cb in self.callbacks:
             if kept := cb.state_dict():
                 assert cb.name not in out, f"two callbacks keep a state under the name {cb.name}"
@@ -428,15 +535,27 @@ class Learner(Loop):
         "Take back what `state_dict` gave; callbacks without a stored state stay as they are."
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for p, kept in self.optimizer.state.items():         # stored row by row; fused steps want the layout of weights
-            like = {k: v for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape}
+        for (
+            p,
+            kept,
+        ) in (
+            self.optimizer.state.items()
+        ):  # stored row by row; fused steps want the layout of weights
+            like = {
+                k: v for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape
+            }
             kept |= {k: torch.empty_like(p).copy_(v) for k, v in like.items()}
-        if self.accelerator.scaler and state["scaler"]: self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.divide(1)
-        for key, value in state["position"].items(): setattr(self, key, value)
-        for parts in range(state.get("parts", 1), 1, -1):                   # as many, or as more processes allow
-            with contextlib.suppress(ValueError): self.divide(parts)
-            if self.parts > 1: break
+        for key, value in state["position"].items():
+            setattr(self, key, value)
+        for parts in range(state.get("parts", 1), 1, -1):  # as many, or as more processes allow
+            with contextlib.suppress(ValueError):
+                self.divide(parts)
+            if self.parts > 1:
+                break
         for cb in self.callbacks:
-            if cb.name in state: cb.load_state_dict(state[cb.name])
+            if cb.name in state:
+                cb.load_state_dict(state[cb.name])
         self.forget()

@@ -17,7 +17,7 @@ from .boxes import ciou
 from .heads import ANCHORS, STRIDES, as_rows, spread_rows
 
 # %% ../nbs/10_loss.ipynb #534c9ef2
-def bce(logit, target=None, pos_weight=1.):
+def bce(logit, target=None, pos_weight=1.0):
     """Binary cross-entropy of logits, element by element.
 
     Parameters
@@ -43,12 +43,13 @@ def bce(logit, target=None, pos_weight=1.):
     own
     """
     out = F.softplus(logit)
-    if target is None: return out
+    if target is None:
+        return out
     out = out - target * logit
     return out if pos_weight == 1 else out + (pos_weight - 1) * target * F.softplus(-logit)
 
 # %% ../nbs/10_loss.ipynb #a6822e70
-def focal(logit, target=None, gamma=1.5, alpha=.25, pos_weight=1.):
+def focal(logit, target=None, gamma=1.5, alpha=0.25, pos_weight=1.0):
     """Binary cross-entropy in which easy answers count little.
 
     Parameters
@@ -77,9 +78,11 @@ def focal(logit, target=None, gamma=1.5, alpha=.25, pos_weight=1.):
     ----------
     Lin et al. 2017 (focal loss), equation 5.
     """
-    p, t = logit.sigmoid(), 0. if target is None else target
-    lacking = (t * (1 - p) + (1 - t) * p).clamp(min=1e-9)         # a power below 1 is steep without end at 0
-    return bce(logit, target, pos_weight) * lacking ** gamma * (t * alpha + (1 - t) * (1 - alpha))
+    p, t = logit.sigmoid(), 0.0 if target is None else target
+    lacking = (t * (1 - p) + (1 - t) * p).clamp(
+        min=1e-9
+    )  # a power below 1 is steep without end at 0
+    return bce(logit, target, pos_weight) * lacking**gamma * (t * alpha + (1 - t) * (1 - alpha))
 
 # %% ../nbs/10_loss.ipynb #74b7c73c
 def box_loss(logits, anch, tbox):
@@ -109,12 +112,27 @@ def box_loss(logits, anch, tbox):
     Zheng et al. 2020 (CIoU); the decoding is YOLOv5's.
     """
     s = 2 * logits.sigmoid()
-    return 1 - ciou(torch.cat([s[:, :2] - .5, s[:, 2:].square() * anch], 1), tbox)
+    return 1 - ciou(torch.cat([s[:, :2] - 0.5, s[:, 2:].square() * anch], 1), tbox)
 
 # %% ../nbs/10_loss.ipynb #ef67ed16
-def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5,
-               balance=(4., 1., .4), label_smoothing=0., focal_gamma=0., alpha=.25, cls_pw=1., obj_pw=1.,
-               anchor_t=4., gr=1.):
+def naive_loss(
+    raws,
+    targets,
+    anchors=ANCHORS,
+    strides=STRIDES,
+    *,
+    box_gain=0.05,
+    obj_gain=1.0,
+    cls_gain=0.5,
+    balance=(4.0, 1.0, 0.4),
+    label_smoothing=0.0,
+    focal_gamma=0.0,
+    alpha=0.25,
+    cls_pw=1.0,
+    obj_pw=1.0,
+    anchor_t=4.0,
+    gr=1.0,
+):
     """The loss of a single head, level by level on dense tensors: the readable form, and the yardstick.
 
     Parameters
@@ -142,9 +160,12 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
     ----------
     Wang, Bochkovskiy, Liao 2022 (YOLOv7), the loss without OTA.
     """
+
     def mean(x, t, w):
-        if focal_gamma: return focal(x, t, focal_gamma, alpha, w).mean()
+        if focal_gamma:
+            return focal(x, t, focal_gamma, alpha, w).mean()
         return F.binary_cross_entropy_with_logits(x, t, pos_weight=x.new_tensor(w))
+
     box, obj, cls = raws[0].new_zeros(3).unbind()
     for raw, anch, stride, weight in zip(raws, anchors, strides, balance, strict=True):
         p = as_rows(raw, len(anch))
@@ -163,10 +184,13 @@ def naive_loss(raws, targets, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05,
     return dict(loss=(box + obj + cls) * len(raws[0]), box=box, obj=obj, cls=cls)
 
 # %% ../nbs/10_loss.ipynb #06c5b972
-def _objectness(raw, na, rows): return as_rows(raw, na)[..., rows].transpose(1, 4)               # (B, nh, H, W, A)
+def _objectness(raw, na, rows):
+    return as_rows(raw, na)[..., rows].transpose(1, 4)  # (B, nh, H, W, A)
+
 
 class _Take(Function):
     "Raw maps -> rows of the positives (n, R), and by level objectness (B, nh, H, W, A), `fill` at positives."
+
     @staticmethod
     def forward(ctx, fill, m, na, where, *raws):
         ctx.args, ctx.device = (m, na, where), raws[0].device
@@ -174,14 +198,18 @@ class _Take(Function):
         rows = torch.cat([as_rows(r, na)[at] for r, at in zip(raws, m.places())])
         fresh = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
         obj = [_objectness(r, na, where).to(**fresh) for r in raws]
-        for o, at in zip(obj, m.places()): o.transpose(1, 4)[at] = fill
+        for o, at in zip(obj, m.places()):
+            o.transpose(1, 4)[at] = fill
         return rows.float(), *obj
 
     @staticmethod
-    def backward(ctx, *grads): return None, None, None, None, *_Put.apply(ctx.args, ctx.like, ctx.device, *grads)
+    def backward(ctx, *grads):
+        return None, None, None, None, *_Put.apply(ctx.args, ctx.like, ctx.device, *grads)
+
 
 class _Put(Function):
     "The transpose of `_Take`: one zero map a level, in the layout of the raw map, with objectness and rows put in."
+
     @staticmethod
     def forward(ctx, args, like, device, rows, *obj):
         ctx.args, (m, na, where) = args, args
@@ -193,64 +221,99 @@ class _Put(Function):
         return tuple(out)
 
     @staticmethod
-    def backward(ctx, *grads): return None, None, None, *_Take.apply(0., *ctx.args, *grads)
+    def backward(ctx, *grads):
+        return None, None, None, *_Take.apply(0.0, *ctx.args, *grads)
 
 # %% ../nbs/10_loss.ipynb #9e1d26f6
 def _classes(loss, logits, cls, head):
     "Class price of each positive, (n,)."
     target = torch.full_like(logits, loss.smooth / 2).scatter_(1, cls[:, None], 1 - loss.smooth / 2)
     price, known = loss.cost(logits, target, loss.cls_pw), loss.head_of == head[:, None]
-    if len(loss.class_weights): price = price * loss.class_weights
-    if loss.negatives == "head": price = price * known
-    price = price.sum(1) / (known.sum(1) if (loss.reduce, loss.negatives) == ("head", "head") else loss.nc)
+    if len(loss.class_weights):
+        price = price * loss.class_weights
+    if loss.negatives == "head":
+        price = price * known
+    price = price.sum(1) / (
+        known.sum(1) if (loss.reduce, loss.negatives) == ("head", "head") else loss.nc
+    )
     return price * (known.sum(1) > 1) if loss.single == "skip" else price
 
 # %% ../nbs/10_loss.ipynb #644e53b9
 def _last(key, size):
     "Position of the last occurrence of each key 0..size-1, -1 if there is none; the same on every device."
-    return key.new_full((size,), -1).scatter_reduce_(0, key, torch.arange(len(key), device=key.device), "amax")
+    return key.new_full((size,), -1).scatter_reduce_(
+        0, key, torch.arange(len(key), device=key.device), "amax"
+    )
 
 # %% ../nbs/10_loss.ipynb #d47d1cee
 @torch.no_grad()
-def _crossed(raws, targets, loss, limit=.5):
+def _crossed(raws, targets, loss, limit=0.5):
     "Whose box overlaps an object of another head by more than `limit`: by level (B, nh, H, W, A) bool."
-    out, (nh, na), (image, cls) = [], (loss.nh, loss.anchors.shape[1]), targets[:, :2].long().unbind(1)
+    out, (nh, na), (image, cls) = (
+        [],
+        (loss.nh, loss.anchors.shape[1]),
+        targets[:, :2].long().unbind(1),
+    )
     for raw, anchors, stride in zip(raws, loss.anchors, loss.strides):
         B, _, H, W = raw.shape
         x, y, w, h = (targets[:, 2:] * targets.new_tensor([W, H] * 2)).T[:, :, None]
-        gx, gy = (torch.arange(k, device=raw.device) for k in (W, H))            # a box over half of it has its centre
-        near = lambda g, c, s: (g > c - s / 2 - 1.5) & (g < c + s / 2 + .5)      # inside, so the cell is near
+        gx, gy = (
+            torch.arange(k, device=raw.device) for k in (W, H)
+        )  # a box over half of it has its centre
+        near = lambda g, c, s: (
+            (g > c - s / 2 - 1.5) & (g < c + s / 2 + 0.5)
+        )  # inside, so the cell is near
         t, gy, gx = (near(gy, y, h)[:, :, None] & near(gx, x, w)[:, None]).nonzero().unbind(1)
-        s = as_rows(raw, na)[image[t], :, gy, gx][..., loss.spread[:5 * nh]]
+        s = as_rows(raw, na)[image[t], :, gy, gx][..., loss.spread[: 5 * nh]]
         s = 2 * s.float().sigmoid().unflatten(2, (nh, 5))[..., :4]
-        box = torch.cat([s[..., :2] - .5, s[..., 2:].square() * (anchors / stride)[:, None]], -1)
+        box = torch.cat([s[..., :2] - 0.5, s[..., 2:].square() * (anchors / stride)[:, None]], -1)
         due = torch.stack([x[t, 0] - gx, y[t, 0] - gy, w[t, 0], h[t, 0]], 1)[:, None, None]
-        high, low = (f(box[..., :2] + k * box[..., 2:], due[..., :2] + k * due[..., 2:])
-                     for f, k in ((torch.minimum, .5), (torch.maximum, -.5)))
+        high, low = (
+            f(box[..., :2] + k * box[..., 2:], due[..., :2] + k * due[..., 2:])
+            for f, k in ((torch.minimum, 0.5), (torch.maximum, -0.5))
+        )
         inside = (high - low).clamp(min=0).prod(-1)
         iou = inside / (box[..., 2:].prod(-1) + due[..., 2:].prod(-1) - inside).clamp(min=1e-9)
-        hit = (iou > limit) & (loss.head_of[cls[t], None, None] != torch.arange(nh, device=raw.device))
-        count = iou.new_zeros(B * H * W, na * nh).index_add_(0, (image[t] * H + gy) * W + gx, hit.flatten(1).to(iou))
+        hit = (iou > limit) & (
+            loss.head_of[cls[t], None, None] != torch.arange(nh, device=raw.device)
+        )
+        count = iou.new_zeros(B * H * W, na * nh).index_add_(
+            0, (image[t] * H + gy) * W + gx, hit.flatten(1).to(iou)
+        )
         out.append((count > 0).view(B, H, W, na, nh).permute(0, 4, 1, 2, 3))
     return out
 
 # %% ../nbs/10_loss.ipynb #d927835e
 def _presence(loss, obj, logits, quality, head, m, over=None):
     "Objectness price by level and head, (L, nh), unweighted; where a head is `over` another's object it pays nothing."
-    (n, nh), counts = logits.shape, [o[:, 0].numel() for o in obj]            # cells and anchors of each level
+    (n, nh), counts = (
+        logits.shape,
+        [o[:, 0].numel() for o in obj],
+    )  # cells and anchors of each level
     start = m.cell.new_tensor([0, *counts[:-1]]).cumsum(0)
     key = m.cell + start[m.level]
-    last = _last(key, sum(counts))[key]                                   # a cell + anchor is kept by its last match
-    owner = _last(last * nh + head, n * nh).view(n, nh)                   # there, the last match of each head, or -1
+    last = _last(key, sum(counts))[key]  # a cell + anchor is kept by its last match
+    owner = _last(last * nh + head, n * nh).view(n, nh)  # there, the last match of each head, or -1
     mine = owner >= 0
-    target = torch.where(mine, F.pad(quality, (0, 1))[owner], 0.)         # -1 reads the padding
-    if loss.others == "ignore": pay = mine if loss.reduce == "head" else F.one_hot(head, nh) * mine
-    else: pay = mine.any(1, keepdim=True).expand(n, nh)
-    if over is not None: pay = pay & (mine | ~torch.cat([o.transpose(1, 4)[at] for o, at in zip(over, m.places())]))
-    empty, share = (1., pay) if loss.reduce == "head" else (1 / nh, pay / pay.sum(1, keepdim=True).clamp(min=1))
-    if over is None: calm = [empty * loss.cost(o).sum((0, 2, 3, 4)) for o in obj]
+    target = torch.where(mine, F.pad(quality, (0, 1))[owner], 0.0)  # -1 reads the padding
+    if loss.others == "ignore":
+        pay = mine if loss.reduce == "head" else F.one_hot(head, nh) * mine
     else:
-        calm = [~o if loss.reduce == "head" else ~o / (~o).sum(1, keepdim=True).clamp(min=1) for o in over]
+        pay = mine.any(1, keepdim=True).expand(n, nh)
+    if over is not None:
+        pay = pay & (mine | ~torch.cat([o.transpose(1, 4)[at] for o, at in zip(over, m.places())]))
+    empty, share = (
+        (1.0, pay)
+        if loss.reduce == "head"
+        else (1 / nh, pay / pay.sum(1, keepdim=True).clamp(min=1))
+    )
+    if over is None:
+        calm = [empty * loss.cost(o).sum((0, 2, 3, 4)) for o in obj]
+    else:
+        calm = [
+            ~o if loss.reduce == "head" else ~o / (~o).sum(1, keepdim=True).clamp(min=1)
+            for o in over
+        ]
         calm = [(loss.cost(o) * w).sum((0, 2, 3, 4)) for o, w in zip(obj, calm)]
     full = (share * loss.cost(logits, target, loss.obj_pw)).split(m.sizes)
     return torch.stack([(c + f.sum(0)) / k for c, f, k in zip(calm, full, counts)])
@@ -259,44 +322,72 @@ def _presence(loss, obj, logits, quality, head, m, over=None):
 def _fits(raws, na, nh, nc, boxes):
     due = na * ((5 * nh if boxes == "head" else 4 + nh) + nc)
     for i, c in enumerate(r.shape[1] for r in raws):
-        if c == due: continue
+        if c == due:
+            continue
         each = f"5 x {nh} heads" if boxes == "head" else f"4 + {nh} heads"
-        raise ValueError(f"level {i}: {c} channels, due are {due} = {na} anchors x ({each} + {nc} classes)")
+        raise ValueError(
+            f"level {i}: {c} channels, due are {due} = {na} anchors x ({each} + {nc} classes)"
+        )
+
 
 def _named(total, terms, B):
     parts, out = ("box", "obj", "cls"), dict(loss=total.sum() * B)
     out |= zip(parts, total.detach())
-    for h, column in enumerate(terms.detach().T): out |= zip((f"h{h}/{k}" for k in parts), column)
+    for h, column in enumerate(terms.detach().T):
+        out |= zip((f"h{h}/{k}" for k in parts), column)
     return out
 
-_OPTIONS = dict(reduce=("trunk", "head"), others=("background", "ignore", "ignore_iou"), negatives=("all", "head"),
-                single=("train", "skip"), assign=("plain", "ota"), boxes=("head", "shared"))
+
+_OPTIONS = dict(
+    reduce=("trunk", "head"),
+    others=("background", "ignore", "ignore_iou"),
+    negatives=("all", "head"),
+    single=("train", "skip"),
+    assign=("plain", "ota"),
+    boxes=("head", "shared"),
+)
+
 
 def _choose(loss, **chosen):
     for key, value in chosen.items():
-        if value not in _OPTIONS[key]: raise ValueError(f"{key}: '{value}' is none of {', '.join(_OPTIONS[key])}")
+        if value not in _OPTIONS[key]:
+            raise ValueError(f"{key}: '{value}' is none of {', '.join(_OPTIONS[key])}")
         setattr(loss, key, value)
+
 
 def _match(loss, raws, targets):
     "Who answers for what."
     how = loss.anchors, loss.strides, loss.anchor_t
-    if loss.assign == "plain": return match_anchors(targets, [r.shape[2:] for r in raws], *how)
-    return match_ota(raws, targets, *how, loss.head_of, loss.negatives, loss.merge,
-                     None if loss.boxes == "head" else loss.spread)
+    if loss.assign == "plain":
+        return match_anchors(targets, [r.shape[2:] for r in raws], *how)
+    return match_ota(
+        raws,
+        targets,
+        *how,
+        loss.head_of,
+        loss.negatives,
+        loss.merge,
+        None if loss.boxes == "head" else loss.spread,
+    )
 
-def _cost(loss, logit, target=None, pos_weight=1.):
-    if loss.gamma: return focal(logit, target, loss.gamma, loss.alpha, pos_weight)
+
+def _cost(loss, logit, target=None, pos_weight=1.0):
+    if loss.gamma:
+        return focal(logit, target, loss.gamma, loss.alpha, pos_weight)
     return bce(logit, target, pos_weight)
+
 
 def _positives(own, sizes, training):
     "Positives by level and head (L, nh), and how many processes share the batch: all in training, else each is alone."
     n, group = torch.stack([o.sum(0) for o in own.split(sizes)]), torch.distributed
-    if not (training and group.is_available() and group.is_initialized()): return n, 1
+    if not (training and group.is_available() and group.is_initialized()):
+        return n, 1
     group.all_reduce(n)
     return n, group.get_world_size()
 
+
 def _rebalance(balance, levels, strides):
-    balance = .9999 * balance + .0001 / levels
+    balance = 0.9999 * balance + 0.0001 / levels
     return balance / balance[strides.index(16)]
 
 # %% ../nbs/10_loss.ipynb #bd1fc7ed
@@ -319,50 +410,104 @@ class RoutedLoss(nn.Module):
     `ValueError`: an option that does not exist (the allowed ones are named), maps that do not fit the partition.
     Source: own; for one head Wang, Bochkovskiy, Liao 2022; `reduce="head"` is the router of Yolov7fast.
     """
-    def __init__(self, partition, anchors=ANCHORS, strides=STRIDES, *, box_gain=.05, obj_gain=1., cls_gain=.5,
-                 balance=(4., 1., .4), reduce="trunk", others="background", negatives="all", single="train",
-                 boxes="head", assign="plain", merge=True, label_smoothing=0., focal=0., alpha=.25, cls_pw=1.,
-                 obj_pw=1., class_weights=None, anchor_t=4., gr=1., autobalance=False):
+
+    def __init__(
+        self,
+        partition,
+        anchors=ANCHORS,
+        strides=STRIDES,
+        *,
+        box_gain=0.05,
+        obj_gain=1.0,
+        cls_gain=0.5,
+        balance=(4.0, 1.0, 0.4),
+        reduce="trunk",
+        others="background",
+        negatives="all",
+        single="train",
+        boxes="head",
+        assign="plain",
+        merge=True,
+        label_smoothing=0.0,
+        focal=0.0,
+        alpha=0.25,
+        cls_pw=1.0,
+        obj_pw=1.0,
+        class_weights=None,
+        anchor_t=4.0,
+        gr=1.0,
+        autobalance=False,
+    ):
         super().__init__()
-        _choose(self, reduce=reduce, others=others, negatives=negatives, single=single, assign=assign, boxes=boxes)
+        _choose(
+            self,
+            reduce=reduce,
+            others=others,
+            negatives=negatives,
+            single=single,
+            assign=assign,
+            boxes=boxes,
+        )
         self.nh, self.nc, self.strides = partition.nh, len(partition.head_of), tuple(strides)
-        self.smooth, self.gamma, self.alpha, self.cls_pw, self.obj_pw = label_smoothing, focal, alpha, cls_pw, obj_pw
+        self.smooth, self.gamma, self.alpha, self.cls_pw, self.obj_pw = (
+            label_smoothing,
+            focal,
+            alpha,
+            cls_pw,
+            obj_pw,
+        )
         self.anchor_t, self.gr, self.autobalance, self.merge = anchor_t, gr, autobalance, merge
         gains = box_gain, obj_gain, cls_gain
-        numbers = dict(weights=partition.weights, anchors=anchors, balance=balance, gains=gains,
-                       class_weights=[] if class_weights is None else class_weights)
+        numbers = dict(
+            weights=partition.weights,
+            anchors=anchors,
+            balance=balance,
+            gains=gains,
+            class_weights=[] if class_weights is None else class_weights,
+        )
         tensors = {k: torch.tensor(np.array(v, np.float32)) for k, v in numbers.items()}
         ids = dict(head_of=partition.head_of, spread=spread_rows(self.nh, self.nc, boxes))
-        for key, value in (tensors | {k: torch.tensor(np.array(v)) for k, v in ids.items()}).items():
+        for key, value in (
+            tensors | {k: torch.tensor(np.array(v)) for k, v in ids.items()}
+        ).items():
             self.register_buffer(key, value, persistent=False)
 
     match, cost = _match, _cost
 
     def forward(self, raws, targets):
-        if self.gains.device != raws[0].device: self.to(raws[0].device)
+        if self.gains.device != raws[0].device:
+            self.to(raws[0].device)
         na, nh = self.anchors.shape[1], self.nh
         _fits(raws, na, nh, self.nc, self.boxes)
         targets = targets.to(raws[0].device)
         m = self.match(raws, targets)
         where = slice(4, 5 * nh, 5) if self.boxes == "head" else slice(4, 4 + nh)
         rows, *obj = _Take.apply(-torch.inf, m, na, where, *raws)
-        if self.boxes == "shared": rows = rows[:, self.spread]
-        boxes, logits = rows[:, :5 * nh].unflatten(1, (nh, 5)), rows[:, 5 * nh:].contiguous()
+        if self.boxes == "shared":
+            rows = rows[:, self.spread]
+        boxes, logits = rows[:, : 5 * nh].unflatten(1, (nh, 5)), rows[:, 5 * nh :].contiguous()
         head = self.head_of[m.cls]
-        miss = box_loss(boxes[torch.arange(len(head), device=head.device), head, :4], m.anch, m.tbox)
+        miss = box_loss(
+            boxes[torch.arange(len(head), device=head.device), head, :4], m.anch, m.tbox
+        )
         quality = 1 - self.gr + self.gr * (1 - miss.detach()).clamp(min=0)
         over = _crossed(raws, targets, self) if self.others == "ignore_iou" and nh > 1 else None
         levels = _presence(self, obj, boxes[..., 4], quality, head, m, over)
         own = F.one_hot(head, nh)
         n, world = _positives(own, m.sizes, rows.requires_grad)
-        mean = own * world / (n if self.reduce == "head" else n.sum(1, keepdim=True)).clamp(min=1)[m.level]
+        mean = (
+            own
+            * world
+            / (n if self.reduce == "head" else n.sum(1, keepdim=True)).clamp(min=1)[m.level]
+        )
         box, cls = ((v[:, None] * mean).sum(0) for v in (miss, _classes(self, logits, m.cls, head)))
-        terms = torch.stack([box, (levels * self.balance[:, None]).sum(0), cls])                # (3, nh)
-        if self.autobalance: self.balance = _rebalance(self.balance, levels.detach() @ self.weights, self.strides)
+        terms = torch.stack([box, (levels * self.balance[:, None]).sum(0), cls])  # (3, nh)
+        if self.autobalance:
+            self.balance = _rebalance(self.balance, levels.detach() @ self.weights, self.strides)
         return _named((terms * self.weights).sum(1) * self.gains, terms, len(raws[0]))
 
 # %% ../nbs/10_loss.ipynb #4f8caa0a
-def scale_gains(imgsz, nc, levels=3, box_gain=.05, obj_gain=1., cls_gain=.5):
+def scale_gains(imgsz, nc, levels=3, box_gain=0.05, obj_gain=1.0, cls_gain=0.5):
     """Gains of the recipe for an input size, a class count and a number of levels.
 
     Parameters
@@ -389,6 +534,9 @@ def scale_gains(imgsz, nc, levels=3, box_gain=.05, obj_gain=1., cls_gain=.5):
     ----------
     Training recipe of YOLOv7.
     """
-    if min(imgsz, nc, levels) < 1: raise ValueError(f"imgsz, nc, levels must be 1 or more, got {imgsz}, {nc}, {levels}")
-    gains = dict(box_gain=box_gain, obj_gain=obj_gain * (imgsz / 640) ** 2, cls_gain=cls_gain * nc / 80)
+    if min(imgsz, nc, levels) < 1:
+        raise ValueError(f"imgsz, nc, levels must be 1 or more, got {imgsz}, {nc}, {levels}")
+    gains = dict(
+        box_gain=box_gain, obj_gain=obj_gain * (imgsz / 640) ** 2, cls_gain=cls_gain * nc / 80
+    )
     return {k: v * (3 / levels) for k, v in gains.items()}

@@ -18,7 +18,7 @@ from pycocotools import coco, cocoeval
 from .core import HEAD_COLORS
 
 # %% ../nbs/04_metrics.ipynb #7e446351
-def pr_curve(tp, npos, count=1.):
+def pr_curve(tp, npos, count=1.0):
     """Recall and precision after each place of a ranked list.
 
     Parameters
@@ -46,12 +46,16 @@ def pr_curve(tp, npos, count=1.):
     """
     tp, npos = np.asarray(tp, float), np.asarray(npos, float)[..., None]
     hits, seen = np.cumsum(tp, -1), np.cumsum(np.broadcast_to(count, tp.shape), -1)
-    if (hits[..., -1:] > npos).any(): raise ValueError(f"{hits.max():g} true positives, {npos.min():g} objects")
-    with np.errstate(invalid="ignore"): recall = hits / npos
+    if (hits[..., -1:] > npos).any():
+        raise ValueError(f"{hits.max():g} true positives, {npos.min():g} objects")
+    with np.errstate(invalid="ignore"):
+        recall = hits / npos
     return recall, hits / np.maximum(seen, 1e-9)
 
 # %% ../nbs/04_metrics.ipynb #82c2c119
-def _envelope(precision): return np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
+def _envelope(precision):
+    return np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
+
 
 def ap_area(recall, precision):
     """Area under the envelope of the curve (PASCAL VOC since 2010).
@@ -76,9 +80,11 @@ def ap_area(recall, precision):
     """
     return (np.diff(recall, axis=-1, prepend=0) * _envelope(precision)).sum(-1)
 
+
 def _sampled(recall, precision, points):
     "Mean of the envelope at some recalls: the area again, a step being as wide as the share of points on it."
     return ap_area(np.searchsorted(points, recall, side="right") / len(points), precision)
+
 
 def ap_voc07(recall, precision):
     """Average precision at the 11 recalls 0, .1 .. 1 (PASCAL VOC until 2009).
@@ -103,6 +109,7 @@ def ap_voc07(recall, precision):
     """
     return _sampled(recall, precision, np.arange(11) / 10)
 
+
 def ap_coco(recall, precision):
     """Average precision at the 101 recalls 0, .01 .. 1 (COCO, at one IoU).
 
@@ -126,6 +133,7 @@ def ap_coco(recall, precision):
     """
     return _sampled(recall, precision, np.linspace(0, 1, 101))
 
+
 def ap_source(recall, precision):
     """The area of the multi-head source's tester: a 101-point trapezoid between two sentinels.
 
@@ -147,8 +155,9 @@ def ap_source(recall, precision):
     ----------
     The source's description: the curve starts at (0, 1) and ends at (last recall + .01, 0).
     """
-    if not len(recall): return 0.
-    r, p = np.r_[0, recall, recall[-1] + .01], _envelope(np.r_[1, precision, 0])
+    if not len(recall):
+        return 0.0
+    r, p = np.r_[0, recall, recall[-1] + 0.01], _envelope(np.r_[1, precision, 0])
     points = np.linspace(0, 1, 101)
     return float(np.trapezoid(np.interp(points, r, p), points))
 
@@ -191,10 +200,13 @@ def overlaps(gt_box, gt_key, dt_box, dt_key, floor, inclusive=False, crowd=None)
     g = by[np.arange(len(d)) - np.repeat(np.cumsum(n) - n - start, n)]
     side = lambda low, high: (high - low + float(inclusive)).clip(0)
     area = lambda b: side(b[:, 0], b[:, 2]) * side(b[:, 1], b[:, 3])
-    inter = (side(np.maximum(gt_box[g, 0], dt_box[d, 0]), np.minimum(gt_box[g, 2], dt_box[d, 2]))
-             * side(np.maximum(gt_box[g, 1], dt_box[d, 1]), np.minimum(gt_box[g, 3], dt_box[d, 3])))
+    inter = side(
+        np.maximum(gt_box[g, 0], dt_box[d, 0]), np.minimum(gt_box[g, 2], dt_box[d, 2])
+    ) * side(np.maximum(gt_box[g, 1], dt_box[d, 1]), np.minimum(gt_box[g, 3], dt_box[d, 3]))
     rest = area(gt_box)[g] - inter
-    iou = inter / np.maximum(area(dt_box)[d] + (rest if crowd is None else np.where(crowd[g], 0, rest)), 1e-12)
+    iou = inter / np.maximum(
+        area(dt_box)[d] + (rest if crowd is None else np.where(crowd[g], 0, rest)), 1e-12
+    )
     keep = iou >= floor
     return d[keep], g[keep], iou[keep]
 
@@ -203,7 +215,10 @@ def _in_range(gt, dt, **ends):
     for what, a in (("ground truth", gt), ("detections", dt)):
         for k, end in ends.items():
             if len(a[k]) and not 0 <= a[k].min() <= a[k].max() < end:
-                raise ValueError(f"{what}: {k} {a[k].min()}..{a[k].max()}, allowed are 0..{end - 1}")
+                raise ValueError(
+                    f"{what}: {k} {a[k].min()}..{a[k].max()}, allowed are 0..{end - 1}"
+                )
+
 
 class Matched(NamedTuple):
     """Detections in the order in which they are judged, and what became of each.
@@ -213,6 +228,7 @@ class Matched(NamedTuple):
     found, an index into the ground truth, -1 none; `skip (T, N)` bool: neither right nor wrong, at each of T
     thresholds; `pos_label`, `pos_image (P,)`: class and picture of every object that counts. No errors. Source: own.
     """
+
     order: np.ndarray
     label: np.ndarray
     image: np.ndarray
@@ -224,7 +240,8 @@ class Matched(NamedTuple):
     pos_image: np.ndarray
 
     @property
-    def tp(self): return (self.met >= 0) & ~self.skip
+    def tp(self):
+        return (self.met >= 0) & ~self.skip
 
 # %% ../nbs/04_metrics.ipynb #f99cab42
 def _match_best(d, g, iou, off, thresholds, met, source=False):
@@ -232,14 +249,19 @@ def _match_best(d, g, iou, off, thresholds, met, source=False):
     best = best[np.unique(d[best], return_index=True)[1]]
     d, g, iou = d[best], g[best], iou[best]
     for i, t in enumerate(thresholds):
-        hit = iou > .5 if source else iou >= t
+        hit = iou > 0.5 if source else iou >= t
         own = np.flatnonzero(hit & ~off[g])
-        own = own[np.unique(g[own], return_index=True)[1]]           # d rises: the first is the one with the best score
-        for take in (np.flatnonzero(hit & off[g]), own[iou[own] > t] if source else own): met[i, d[take]] = g[take]
+        own = own[
+            np.unique(g[own], return_index=True)[1]
+        ]  # d rises: the first is the one with the best score
+        for take in (np.flatnonzero(hit & off[g]), own[iou[own] > t] if source else own):
+            met[i, d[take]] = g[take]
 
 # %% ../nbs/04_metrics.ipynb #2e1efae3
 def _match_free(d, g, iou, off, crowd, thresholds, met, turn):
-    wish = np.lexsort((-g, -iou, off[g], d, turn[d]))      # off last; of equals the later box, as in pycocotools
+    wish = np.lexsort(
+        (-g, -iou, off[g], d, turn[d])
+    )  # off last; of equals the later box, as in pycocotools
     taken, t = np.zeros((len(thresholds), len(off)), bool), np.asarray(thresholds)[:, None]
     for rows in np.split(wish, np.flatnonzero(np.diff(turn[d[wish]])) + 1) if len(wish) else ():
         free = (iou[rows] >= t) & (crowd[g[rows]] | ~taken[:, g[rows]])
@@ -250,7 +272,7 @@ def _match_free(d, g, iou, off, crowd, thresholds, met, turn):
         taken[i, g[r]], met[i, d[r]] = True, g[r]
 
 # %% ../nbs/04_metrics.ipynb #33321110
-def match_dets(gt, dt, nc, thresholds=(.5,), rule="voc", inclusive=False, size=None):
+def match_dets(gt, dt, nc, thresholds=(0.5,), rule="voc", inclusive=False, size=None):
     """Give every detection its object, or none.
 
     Parameters
@@ -284,31 +306,56 @@ def match_dets(gt, dt, nc, thresholds=(.5,), rule="voc", inclusive=False, size=N
     ----------
     VOC development kit, `VOCevaldet`; pycocotools, `COCOeval.evaluateImg`.
     """
-    if rule not in ("voc", "coco", "source"): raise ValueError(f"rule '{rule}': allowed are voc, coco, source")
+    if rule not in ("voc", "coco", "source"):
+        raise ValueError(f"rule '{rule}': allowed are voc, coco, source")
     _in_range(gt, dt, label=nc)
-    if bad := (~np.isfinite(dt["score"])).sum(): raise ValueError(f"detections: {bad} scores are not finite")
+    if bad := (~np.isfinite(dt["score"])).sum():
+        raise ValueError(f"detections: {bad} scores are not finite")
     return next(_matches(gt, dt, nc, thresholds, rule, inclusive, [size]))
+
 
 def _matches(gt, dt, nc, thresholds, rule, inclusive, sizes):
     there = np.flatnonzero(~gt["crowd"]) if rule == "source" else slice(None)
-    where, named, truth, crowd, ignore = (gt[k][there] for k in ("image", "label", "box", "crowd", "ignore"))
+    where, named, truth, crowd, ignore = (
+        gt[k][there] for k in ("image", "label", "box", "crowd", "ignore")
+    )
     order = np.lexsort((dt["image"], -dt["score"], dt["label"]))
     label, image, score, box = (dt[k][order] for k in ("label", "image", "score", "box"))
     key = image * nc + label
     turn = np.empty_like(by := np.argsort(key, kind="stable"))
     turn[by] = np.arange(len(by)) - np.searchsorted(key[by], key[by])
-    found = overlaps(truth, where * nc + named, box, key, .5 if rule == "source" else min(thresholds), inclusive,
-                   crowd if rule == "coco" else None)
-    if rule == "coco": found = [f[turn[found[0]] < 100] for f in found]
+    found = overlaps(
+        truth,
+        where * nc + named,
+        box,
+        key,
+        0.5 if rule == "source" else min(thresholds),
+        inclusive,
+        crowd if rule == "coco" else None,
+    )
+    if rule == "coco":
+        found = [f[turn[found[0]] < 100] for f in found]
     for size in sizes:
-        outside = lambda area: (area < size[0]) | (area > size[1]) if size else np.zeros(len(area), bool)
-        off = crowd | (ignore if rule == "voc" else False) | outside(gt["area"][there] if size else where)
+        outside = lambda area: (
+            (area < size[0]) | (area > size[1]) if size else np.zeros(len(area), bool)
+        )
+        off = (
+            crowd
+            | (ignore if rule == "voc" else False)
+            | outside(gt["area"][there] if size else where)
+        )
         met = np.full((len(thresholds), len(key)), -1, np.int32)
-        if rule == "coco": _match_free(*found, off, crowd, thresholds, met, turn)
-        else: _match_best(*found, off, thresholds, met, rule == "source")
-        skip = np.where(met < 0, outside((box[:, 2:] - box[:, :2]).prod(1)), np.append(off, False)[met])
-        if rule == "coco": skip[:, turn >= 100] = True
-        elif rule == "source": met = np.append(there, -1)[met]
+        if rule == "coco":
+            _match_free(*found, off, crowd, thresholds, met, turn)
+        else:
+            _match_best(*found, off, thresholds, met, rule == "source")
+        skip = np.where(
+            met < 0, outside((box[:, 2:] - box[:, :2]).prod(1)), np.append(off, False)[met]
+        )
+        if rule == "coco":
+            skip[:, turn >= 100] = True
+        elif rule == "source":
+            met = np.append(there, -1)[met]
         yield Matched(order, label, image, score, turn, met, skip, named[~off], where[~off])
 
 # %% ../nbs/04_metrics.ipynb #05a4be4e
@@ -336,70 +383,125 @@ def ap_per_class(m, nc, ap=ap_area):
     ----------
     own
     """
-    npos, edge, all_tp = np.bincount(m.pos_label, minlength=nc), np.searchsorted(m.label, np.arange(nc + 1)), m.tp
+    npos, edge, all_tp = (
+        np.bincount(m.pos_label, minlength=nc),
+        np.searchsorted(m.label, np.arange(nc + 1)),
+        m.tp,
+    )
     out = np.full((len(all_tp), nc), np.nan)
     for c in np.flatnonzero(npos):
         here = slice(edge[c], edge[c + 1])
-        out[:, c] = [ap(*pr_curve(tp[~skip], npos[c])) for tp, skip in zip(all_tp[:, here], m.skip[:, here])]
+        out[:, c] = [
+            ap(*pr_curve(tp[~skip], npos[c])) for tp, skip in zip(all_tp[:, here], m.skip[:, here])
+        ]
     return out
 
 # %% ../nbs/04_metrics.ipynb #348c8058
-IOUS = np.linspace(.5, .95, 10)
-SIZES = {"": (0, 1e10), "small": (0, 32 ** 2), "medium": (32 ** 2, 96 ** 2), "large": (96 ** 2, 1e10)}      # px^2
-ENGINES = {"own": None, "fast": (fast.COCO, fast.COCOeval_faster), "pycocotools": (coco.COCO, cocoeval.COCOeval)}
+IOUS = np.linspace(0.5, 0.95, 10)
+SIZES = {
+    "": (0, 1e10),
+    "small": (0, 32**2),
+    "medium": (32**2, 96**2),
+    "large": (96**2, 1e10),
+}  # px^2
+ENGINES = {
+    "own": None,
+    "fast": (fast.COCO, fast.COCOeval_faster),
+    "pycocotools": (coco.COCO, cocoeval.COCOeval),
+}
 
-def _mean(a): return float(np.nanmean(a)) if not np.isnan(a).all() else math.nan      # of what is defined
+
+def _mean(a):
+    return float(np.nanmean(a)) if not np.isnan(a).all() else math.nan  # of what is defined
+
 
 def _defined(v):
     "A value without NaN: None takes its place."
-    if isinstance(v, dict): return {k: _defined(x) for k, x in v.items()}
+    if isinstance(v, dict):
+        return {k: _defined(x) for k, x in v.items()}
     return [_defined(x) for x in v] if isinstance(v, list) else None if v != v else v
+
 
 def _per_class(label, counted, npos):
     "Share of the objects of each class that a row of `counted` (T, N) holds."
     hits = np.stack([np.bincount(label[c], minlength=len(npos)) for c in counted])
     return np.divide(hits, npos, out=np.full(hits.shape, np.nan), where=npos > 0)
 
+
 def _own_tables(gt, dt, nc):
     ap, recall = {}, {}
     for size, m in zip(SIZES, _matches(gt, dt, nc, IOUS, "coco", False, SIZES.values())):
-        npos, tp, ap[size] = np.bincount(m.pos_label, minlength=nc), m.tp, ap_per_class(m, nc, ap_coco)
+        npos, tp, ap[size] = (
+            np.bincount(m.pos_label, minlength=nc),
+            m.tp,
+            ap_per_class(m, nc, ap_coco),
+        )
         for k in [size] if size else (1, 10, 100):
             recall[k] = _per_class(m.label, tp & (m.turn < (100 if size else k)), npos)
     return ap, recall
 
 # %% ../nbs/04_metrics.ipynb #4a7a9f98
 def _coco_side(COCO, a, area, crowd, score, nc, n_images):
-    columns = (a["image"] + 1, a["label"] + 1, np.c_[a["box"][:, :2], a["box"][:, 2:] - a["box"][:, :2]], area,
-               crowd.astype(int), score)
-    keys, rows = ("image_id", "category_id", "bbox", "area", "iscrowd", "score"), zip(*(v.tolist() for v in columns))
+    columns = (
+        a["image"] + 1,
+        a["label"] + 1,
+        np.c_[a["box"][:, :2], a["box"][:, 2:] - a["box"][:, :2]],
+        area,
+        crowd.astype(int),
+        score,
+    )
+    keys, rows = (
+        ("image_id", "category_id", "bbox", "area", "iscrowd", "score"),
+        zip(*(v.tolist() for v in columns)),
+    )
     c = COCO()
-    c.dataset = dict(images=[dict(id=i + 1) for i in range(n_images)], categories=[dict(id=i + 1) for i in range(nc)],
-                     annotations=[dict(zip(keys, r), id=i) for i, r in enumerate(rows, 1)])
+    c.dataset = dict(
+        images=[dict(id=i + 1) for i in range(n_images)],
+        categories=[dict(id=i + 1) for i in range(nc)],
+        annotations=[dict(zip(keys, r), id=i) for i, r in enumerate(rows, 1)],
+    )
     c.createIndex()
     return c
+
 
 def _engine_tables(gt, dt, nc, n_images, engine):
     (COCO, COCOeval), size = ENGINES[engine], (dt["box"][:, 2:] - dt["box"][:, :2]).prod(1)
     with contextlib.redirect_stdout(io.StringIO()):
-        ev = COCOeval(_coco_side(COCO, gt, gt["area"], gt["crowd"], gt["label"], nc, n_images),
-                      _coco_side(COCO, dt, size, 0 * dt["label"], dt["score"], nc, n_images), "bbox")
+        ev = COCOeval(
+            _coco_side(COCO, gt, gt["area"], gt["crowd"], gt["label"], nc, n_images),
+            _coco_side(COCO, dt, size, 0 * dt["label"], dt["score"], nc, n_images),
+            "bbox",
+        )
         ev.evaluate()
         ev.accumulate()
     # precision (T, recall, nc, size, dets), recall (T, nc, size, dets); -1: undefined
-    p, r = (np.where(v < 0, np.nan, v) for v in (np.asarray(ev.eval[k]) for k in ("precision", "recall")))
-    return ({s: p[..., i, 2].mean(1) for i, s in enumerate(SIZES)},
-            {n: r[..., 0, i] for i, n in enumerate((1, 10, 100))} | {s: r[..., i, 2] for i, s in enumerate(SIZES) if s})
+    p, r = (
+        np.where(v < 0, np.nan, v)
+        for v in (np.asarray(ev.eval[k]) for k in ("precision", "recall"))
+    )
+    return (
+        {s: p[..., i, 2].mean(1) for i, s in enumerate(SIZES)},
+        {n: r[..., 0, i] for i, n in enumerate((1, 10, 100))}
+        | {s: r[..., i, 2] for i, s in enumerate(SIZES) if s},
+    )
+
 
 def _coco(gt, dt, nc, n_images, engine):
     "The twelve figures, and AP at .5 and AP of every class."
-    ap, recall = _own_tables(gt, dt, nc) if engine == "own" else _engine_tables(gt, dt, nc, n_images, engine)
-    part = {"AP": ap[""], "AP50": ap[""][0], "AP75": ap[""][5], **{f"AP{s}": v for s, v in ap.items() if s}}
+    ap, recall = (
+        _own_tables(gt, dt, nc) if engine == "own" else _engine_tables(gt, dt, nc, n_images, engine)
+    )
+    part = {
+        "AP": ap[""],
+        "AP50": ap[""][0],
+        "AP75": ap[""][5],
+        **{f"AP{s}": v for s, v in ap.items() if s},
+    }
     part |= {f"AR{k}": v for k, v in recall.items()}
     return {k: _mean(v) for k, v in part.items()}, ap[""][0], ap[""].mean(0)
 
 # %% ../nbs/04_metrics.ipynb #2b965c6a
-def operating_point(m, nc, conf=.25):
+def operating_point(m, nc, conf=0.25):
     """Precision, recall and F1 of every class, and of all together, at one score.
 
     Parameters
@@ -430,8 +532,18 @@ def operating_point(m, nc, conf=.25):
     return dict(P=share(hit, seen), R=share(hit, npos), F1=share(2 * hit, seen + npos))
 
 # %% ../nbs/04_metrics.ipynb #c4d9f4bd
-def evaluate(gt, dt, names, n_images, metrics=("coco", "voc07", "voc"), inclusive=False, engine="own", conf=.25,
-             head_of=None, census=None):
+def evaluate(
+    gt,
+    dt,
+    names,
+    n_images,
+    metrics=("coco", "voc07", "voc"),
+    inclusive=False,
+    engine="own",
+    conf=0.25,
+    head_of=None,
+    census=None,
+):
     """Every figure of a detector, as one JSON value.
 
     Parameters
@@ -471,32 +583,44 @@ def evaluate(gt, dt, names, n_images, metrics=("coco", "voc07", "voc"), inclusiv
     Lin et al. 2014; Everingham et al. 2010.
     """
     nc, out, metrics = len(names), {}, (metrics,) if isinstance(metrics, str) else metrics
-    for kind, given, known in ("metric", metrics, ("coco", "voc07", "voc", "source")), ("engine", [engine], ENGINES):
+    for kind, given, known in (
+        ("metric", metrics, ("coco", "voc07", "voc", "source")),
+        ("engine", [engine], ENGINES),
+    ):
         for k in given:
-            if k not in known: raise ValueError(f"{kind} '{k}': allowed are {', '.join(known)}")
+            if k not in known:
+                raise ValueError(f"{kind} '{k}': allowed are {', '.join(known)}")
     _in_range(gt, dt, label=nc, image=n_images)
     for k, n in zip(names, np.bincount(gt["label"], minlength=nc)):
-        if census and census.get(k, 0) != n: raise ValueError(f"{k}: {n} boxes, but {census.get(k, 0)} are annotated")
+        if census and census.get(k, 0) != n:
+            raise ValueError(f"{k}: {n} boxes, but {census.get(k, 0)} are annotated")
     with_coco = "coco" in metrics
-    voc = match_dets(gt, dt, nc, (.5,) if with_coco else IOUS, "voc", inclusive)
-    if with_coco: out["coco"], ap50, ap = _coco(gt, dt, nc, n_images, engine)
-    else: ap50, ap = (areas := ap_per_class(voc, nc))[0], areas.mean(0)
+    voc = match_dets(gt, dt, nc, (0.5,) if with_coco else IOUS, "voc", inclusive)
+    if with_coco:
+        out["coco"], ap50, ap = _coco(gt, dt, nc, n_images, engine)
+    else:
+        ap50, ap = (areas := ap_per_class(voc, nc))[0], areas.mean(0)
     for k, f in (("voc07", ap_voc07), ("voc", ap_area)):
-        if k in metrics: out[k] = {"AP50": _mean(ap_per_class(voc, nc, f)[0])}
+        if k in metrics:
+            out[k] = {"AP50": _mean(ap_per_class(voc, nc, f)[0])}
     if "source" in metrics:
         table = ap_per_class(match_dets(gt, dt, nc, IOUS, "source"), nc, ap_source)
         out["source"] = {"AP50": _mean(table[0]), "AP": _mean(table)}
     n = np.bincount(gt["label"][~gt["crowd"]] if with_coco else voc.pos_label, minlength=nc)
     point = operating_point(voc, nc, conf)
     columns = dict(AP50=ap50, AP=ap, n=n, **{k: v[:-1] for k, v in point.items()})
-    out["per_class"] = {k: {what: v[c].item() for what, v in columns.items()} for c, k in enumerate(names)}
+    out["per_class"] = {
+        k: {what: v[c].item() for what, v in columns.items()} for c, k in enumerate(names)
+    }
     if head_of is not None:
         heads = [np.asarray(head_of) == h for h in range(max(head_of) + 1)]
-        out["per_head"] = [dict(AP50=_mean(ap50[h]), AP=_mean(ap[h]), n=int(n[h].sum())) for h in heads]
+        out["per_head"] = [
+            dict(AP50=_mean(ap50[h]), AP=_mean(ap[h]), n=int(n[h].sum())) for h in heads
+        ]
     return _defined(out | {k: float(v[-1]) for k, v in point.items()})
 
 # %% ../nbs/04_metrics.ipynb #675fb0b8
-def taken_for(gt, dt, nc, conf=.25, iou=.5):
+def taken_for(gt, dt, nc, conf=0.25, iou=0.5):
     """What every object was taken for, and what every detection took for it: one to one, by falling IoU.
 
     Parameters
@@ -528,18 +652,23 @@ def taken_for(gt, dt, nc, conf=.25, iou=.5):
     """
     _in_range(gt, dt, label=nc)
     off, at = gt["ignore"] | gt["crowd"], np.flatnonzero(dt["score"] >= conf)
-    d, g, overlap = overlaps(gt["box"], gt["image"], dt["box"][at], dt["image"][at], iou, crowd=gt["crowd"])
+    d, g, overlap = overlaps(
+        gt["box"], gt["image"], dt["box"][at], dt["image"][at], iou, crowd=gt["crowd"]
+    )
     d, left = at[d], np.flatnonzero(~off[g])
     left = left[np.lexsort((g[left], -dt["score"][d[left]], -overlap[left]))]
     seen, truth = np.where(off, -1, nc), np.where(dt["score"] >= conf, nc, -1)
     truth[d[off[g]]] = -1
-    while len(left):                               # a pair that is first for both sides is final; the rest asks again
-        pair = left[np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (d, g)))]
+    while len(left):  # a pair that is first for both sides is final; the rest asks again
+        pair = left[
+            np.intersect1d(*(np.unique(side[left], return_index=True)[1] for side in (d, g)))
+        ]
         seen[g[pair]], truth[d[pair]] = dt["label"][d[pair]], gt["label"][g[pair]]
         left = left[~np.isin(d[left], d[pair]) & ~np.isin(g[left], g[pair])]
     return seen, truth
 
-def confusion(gt, dt, nc, n_images, conf=.25, iou=.5):
+
+def confusion(gt, dt, nc, n_images, conf=0.25, iou=0.5):
     """Count which class was taken for which, background included.
 
     Parameters
@@ -581,16 +710,23 @@ def _opinions(keys, scores):
         by = np.lexsort((-score, key))
         best.append(by[np.unique(key[by], return_index=True)[1]])
     known, at = np.unique(np.concatenate([k[b] for k, b in zip(keys, best)]), return_inverse=True)
-    return known, np.bincount(at, np.concatenate([s[b] for s, b in zip(scores, best)]), len(known)) / len(keys)
+    return known, np.bincount(
+        at, np.concatenate([s[b] for s, b in zip(scores, best)]), len(known)
+    ) / len(keys)
+
 
 def _unseen(gt, dts, nc, iou):
     "Where detections are that no box explains: pooled, of overlapping ones the surest; with the mean of all detectors."
     lone = []
     for dt in dts:
-        d, g, overlap = overlaps(gt["box"], gt["image"], dt["box"], dt["image"], .1, crowd=gt["crowd"])
+        d, g, overlap = overlaps(
+            gt["box"], gt["image"], dt["box"], dt["image"], 0.1, crowd=gt["crowd"]
+        )
         free = np.ones(len(dt["label"]), bool)
         free[d[(overlap >= iou) | (gt["label"][g] == dt["label"][d])]] = False
-        lone.append({k: v[free] for k, v in dt.items()} | {"key": (dt["image"] * nc + dt["label"])[free]})
+        lone.append(
+            {k: v[free] for k, v in dt.items()} | {"key": (dt["image"] * nc + dt["label"])[free]}
+        )
     pool = {k: np.concatenate([d[k] for d in lone]) for k in lone[0]}
     rank = np.argsort(np.argsort(-pool["score"], kind="stable"))
     surer, other, _ = overlaps(pool["box"], pool["key"], pool["box"], pool["key"], iou)
@@ -600,7 +736,7 @@ def _unseen(gt, dts, nc, iou):
     return {k: v[who] for k, v in at.items()} | {"score": sure}
 
 # %% ../nbs/04_metrics.ipynb #a35e8506
-def suspects(gt, dts, nc, least=.3, iou=.5):
+def suspects(gt, dts, nc, least=0.3, iou=0.5):
     """Objects that are most likely mislabelled, and places where one is most likely missing.
 
     Parameters
@@ -631,7 +767,8 @@ def suspects(gt, dts, nc, least=.3, iou=.5):
     own; the idea is that of confident learning, Northcutt et al. 2021.
     """
     dts = [dts] if isinstance(dts, dict) else list(dts)
-    if not dts: raise ValueError("the answers of one detector or more are due")
+    if not dts:
+        raise ValueError("the answers of one detector or more are due")
     keys, scores = [], []
     for dt in dts:
         _in_range(gt, dt, label=nc)
@@ -646,12 +783,31 @@ def suspects(gt, dts, nc, least=.3, iou=.5):
     own[obj[same]] = sure[same]
     rivals = np.flatnonzero(~same & ~(gt["ignore"] | gt["crowd"])[obj])
     rivals = rivals[np.lexsort((-sure[rivals], obj[rivals]))]
-    rivals = rivals[np.unique(obj[rivals], return_index=True)[1]]                    # of several names the surest
+    rivals = rivals[np.unique(obj[rivals], return_index=True)[1]]  # of several names the surest
     row = lambda kind, s, image, box, label, seen, i: dict(
-        kind=kind, suspicion=float(s), image=int(image), box=box.tolist(), label=label, seen=int(seen), object=i)
-    rows = [row("mislabelled", sure[r] - own[i], gt["image"][i], gt["box"][i], int(gt["label"][i]), seen[r], int(i))
-            for r, i in zip(rivals, obj[rivals])]
+        kind=kind,
+        suspicion=float(s),
+        image=int(image),
+        box=box.tolist(),
+        label=label,
+        seen=int(seen),
+        object=i,
+    )
+    rows = [
+        row(
+            "mislabelled",
+            sure[r] - own[i],
+            gt["image"][i],
+            gt["box"][i],
+            int(gt["label"][i]),
+            seen[r],
+            int(i),
+        )
+        for r, i in zip(rivals, obj[rivals])
+    ]
     lone = _unseen(gt, dts, nc, iou)
-    rows += [row("missing", s, i, b, None, c, None) for s, i, b, c in
-             zip(*(lone[k] for k in ("score", "image", "box", "label")))]
+    rows += [
+        row("missing", s, i, b, None, c, None)
+        for s, i, b, c in zip(*(lone[k] for k in ("score", "image", "box", "label")))
+    ]
     return sorted((r for r in rows if r["suspicion"] >= least), key=lambda r: -r["suspicion"])

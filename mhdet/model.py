@@ -35,22 +35,27 @@ def make_norm(kind, channels):
     ----------
     Ioffe and Szegedy 2015; Wu and He 2018.
     """
-    if kind == "bn": return nn.BatchNorm2d(channels, eps=1e-3, momentum=.03)
-    if kind == "gn": return nn.GroupNorm(max(channels // 8, 1), channels, eps=1e-3)
+    if kind == "bn":
+        return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
+    if kind == "gn":
+        return nn.GroupNorm(max(channels // 8, 1), channels, eps=1e-3)
     raise ValueError(f"norm_layer: 'bn' or 'gn', got '{kind}'")
+
 
 class Conv(nn.Module):
     """Convolution without bias, normalisation, leaky ReLU 0.1; (B, i, H, W) to (B, o, H / stride, W / stride).
 
     `i`, `o` channels, `k` kernel, `stride`, `norm` as in `make_norm`, whose errors it has. Source: YOLOv7-tiny.
     """
+
     def __init__(self, i, o, k=1, stride=1, norm="bn"):
         super().__init__()
         self.conv = nn.Conv2d(i, o, k, stride, k // 2, bias=False)
         self.bn = make_norm(norm, o)
-        self.act = nn.LeakyReLU(.1, inplace=True)
+        self.act = nn.LeakyReLU(0.1, inplace=True)
 
-    def forward(self, x): return self.act(self.bn(self.conv(x)))
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
 
 # %% ../nbs/07_model.ipynb #20bd938e
 class ELAN(nn.Module):
@@ -58,6 +63,7 @@ class ELAN(nn.Module):
 
     Errors as in `Conv`. Source: Wang, Bochkovskiy, Liao 2022, figure 2(c); four branches as in YOLOv7-tiny.
     """
+
     def __init__(self, i, m, o, norm="bn"):
         super().__init__()
         self.cv1, self.cv2 = Conv(i, m, norm=norm), Conv(i, m, norm=norm)
@@ -69,11 +75,13 @@ class ELAN(nn.Module):
         c = self.cv3(b)
         return self.cv5(torch.cat([self.cv4(c), c, b, a], 1))
 
+
 class SPPCSP(nn.Module):
     """Spatial pyramid pooling in a cross-stage partial block: (B, i, H, W) to (B, m, H, W); pools 5, 9, 13.
 
     Errors as in `Conv`. Source: He et al. 2015; Wang et al. 2020; small form of YOLOv7-tiny.
     """
+
     def __init__(self, i, m, norm="bn"):
         super().__init__()
         self.cv1, self.cv2 = Conv(i, m, norm=norm), Conv(i, m, norm=norm)
@@ -81,15 +89,26 @@ class SPPCSP(nn.Module):
 
     def forward(self, x):
         a, b = self.cv1(x), self.cv2(x)
-        five = max_pool2d(b, 5, 1, 2)                        # 9 = 5 after 5, 13 = 5 after 9: the same maxima, cheaper
+        five = max_pool2d(b, 5, 1, 2)  # 9 = 5 after 5, 13 = 5 after 9: the same maxima, cheaper
         nine = max_pool2d(five, 5, 1, 2)
         c = self.cv3(torch.cat([max_pool2d(nine, 5, 1, 2), nine, five, b], 1))
         return self.cv4(torch.cat([c, a], 1))
 
 # %% ../nbs/07_model.ipynb #d42220f2
-STAGES = dict(stem=[0, 1], p2=[2, 3, 4, 5, 7], p3=[9, 10, 11, 12, 14], p4=[16, 17, 18, 19, 21], p5=[23, 24, 25, 26, 28],
-              spp=[29, 30, 35, 37], up4=[38, 40, 42, 43, 44, 45, 47], up3=[48, 50, 52, 53, 54, 55, 57],
-              down4=[58, 60, 61, 62, 63, 65], down5=[66, 68, 69, 70, 71, 73], out=[74, 75, 76])
+STAGES = dict(
+    stem=[0, 1],
+    p2=[2, 3, 4, 5, 7],
+    p3=[9, 10, 11, 12, 14],
+    p4=[16, 17, 18, 19, 21],
+    p5=[23, 24, 25, 26, 28],
+    spp=[29, 30, 35, 37],
+    up4=[38, 40, 42, 43, 44, 45, 47],
+    up3=[48, 50, 52, 53, 54, 55, 57],
+    down4=[58, 60, 61, 62, 63, 65],
+    down5=[66, 68, 69, 70, 71, 73],
+    out=[74, 75, 76],
+)
+
 
 class Trunk(nn.Module):
     """YOLOv7-tiny without its detect layer: a picture to three maps.
@@ -99,11 +118,19 @@ class Trunk(nn.Module):
     `channels` channels. `layers()` yields (number in the layer table, Conv). Source: Wang, Bochkovskiy, Liao
     2022.
     """
-    def __init__(self, width=1., norm="bn"):
+
+    def __init__(self, width=1.0, norm="bn"):
         super().__init__()
-        def c(n): return max(round(n * width / 8), 1) * 8
-        def conv(i, o, k=1, stride=1): return Conv(c(i), c(o), k, stride, norm)
-        def elan(i, m, o): return ELAN(c(i), c(m), c(o), norm)
+
+        def c(n):
+            return max(round(n * width / 8), 1) * 8
+
+        def conv(i, o, k=1, stride=1):
+            return Conv(c(i), c(o), k, stride, norm)
+
+        def elan(i, m, o):
+            return ELAN(c(i), c(m), c(o), norm)
+
         self.stem = nn.Sequential(Conv(3, c(32), 3, 2, norm), conv(32, 64, 3, 2))
         self.p2, self.p3 = elan(64, 32, 64), elan(64, 64, 128)
         self.p4, self.p5 = elan(128, 128, 256), elan(256, 256, 512)
@@ -134,10 +161,14 @@ class Trunk(nn.Module):
 
     def layers(self):
         for stage, numbers in STAGES.items():
-            yield from zip(numbers, [m for m in getattr(self, stage).modules() if isinstance(m, Conv)], strict=True)
+            yield from zip(
+                numbers,
+                [m for m in getattr(self, stage).modules() if isinstance(m, Conv)],
+                strict=True,
+            )
 
 # %% ../nbs/07_model.ipynb #9c176f83
-def yolov7_tiny(width=1., norm="bn", seed=None):
+def yolov7_tiny(width=1.0, norm="bn", seed=None):
     """A trunk with torch's initial weights, in `channels_last` memory.
 
     Parameters
@@ -162,9 +193,11 @@ def yolov7_tiny(width=1., norm="bn", seed=None):
     ----------
     Wang, Bochkovskiy, Liao 2022.
     """
-    if width <= 0: raise ValueError(f"width must be above 0, got {width}")
+    if width <= 0:
+        raise ValueError(f"width must be above 0, got {width}")
     with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None: torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         return Trunk(width, norm).to(memory_format=torch.channels_last)
 
 # %% ../nbs/07_model.ipynb #b6315cc8
@@ -193,7 +226,8 @@ def count(model, imgsz=None):
     torch.utils.flop_counter; a MAC is two of its operations.
     """
     out = {"params": sum(p.numel() for p in model.parameters())}
-    if imgsz is None: return out
+    if imgsz is None:
+        return out
     p = next(model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, imgsz, imgsz, device=p.device, dtype=p.dtype))

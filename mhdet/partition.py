@@ -33,27 +33,36 @@ class Head:
     `name` is for people; `classes` global class ids, kept ascending; `weight` > 0 multiplies the head's loss. Ids are
     checked by `Partition`, which knows the names; a weight that is no positive number raises `ValueError`. Source: own.
     """
+
     name: str
     classes: list
-    weight: float = 1.
+    weight: float = 1.0
 
     def __post_init__(self):
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not (number and 0 < self.weight < 1e300):
-            raise ValueError(f"head '{self.name}': weight must be a positive number, got {self.weight!r}")
-        ids = all(isinstance(c, (int, np.integer)) and not isinstance(c, bool) for c in self.classes)
-        object.__setattr__(self, "classes", sorted(map(int, self.classes)) if ids else list(self.classes))
+            raise ValueError(
+                f"head '{self.name}': weight must be a positive number, got {self.weight!r}"
+            )
+        ids = all(
+            isinstance(c, (int, np.integer)) and not isinstance(c, bool) for c in self.classes
+        )
+        object.__setattr__(
+            self, "classes", sorted(map(int, self.classes)) if ids else list(self.classes)
+        )
 
 # %% ../nbs/06_partition.ipynb #b7301e2c
 class Proof(NamedTuple):
     """How good a partition is: the `value` of an `objective` (words), a `bound` that no partition under the same rules
     beats, `gap` = (value - bound) / value, 0 when there is nothing better, `seconds`. Raises nothing. Source: own.
     """
+
     objective: str
     value: float
     bound: float
     gap: float
     seconds: float
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -65,6 +74,7 @@ class Partition:
     in each head; `nc`, `nh`. `ValueError` names class, id and heads: a class in no head or in two, an unknown id, an
     empty head, a name twice. `Partition.single(names)` is the ordinary detector. Source: own.
     """
+
     heads: list
     names: list
     grouping: str = "own"
@@ -75,51 +85,82 @@ class Partition:
         object.__setattr__(self, "names", list(self.names))
         head_of = np.full(self.nc, -1, np.int64)
         twice = next((n for i, n in enumerate(self.names) if n in self.names[:i]), None)
-        if twice is not None: raise ValueError(f"class name '{twice}' is given twice")
+        if twice is not None:
+            raise ValueError(f"class name '{twice}' is given twice")
         for h, head in enumerate(self.heads):
-            if not head.classes: raise ValueError(f"head {h} ('{head.name}') has no classes")
+            if not head.classes:
+                raise ValueError(f"head {h} ('{head.name}') has no classes")
             for c in head.classes:
                 if type(c) is not int or not 0 <= c < self.nc:
-                    raise ValueError(f"head {h} ('{head.name}'): unknown class id {c!r}, ids are 0..{self.nc - 1}")
-                if head_of[c] >= 0: raise ValueError(f"class '{self.names[c]}' ({c}) is in heads {head_of[c]} and {h}")
+                    raise ValueError(
+                        f"head {h} ('{head.name}'): unknown class id {c!r}, ids are 0..{self.nc - 1}"
+                    )
+                if head_of[c] >= 0:
+                    raise ValueError(
+                        f"class '{self.names[c]}' ({c}) is in heads {head_of[c]} and {h}"
+                    )
                 head_of[c] = h
-        for c in np.flatnonzero(head_of < 0): raise ValueError(f"class '{self.names[c]}' ({c}) is in no head")
+        for c in np.flatnonzero(head_of < 0):
+            raise ValueError(f"class '{self.names[c]}' ({c}) is in no head")
         head_of.flags.writeable = False
         object.__setattr__(self, "head_of", head_of)
 
     @property
-    def nc(self): return len(self.names)
+    def nc(self):
+        return len(self.names)
+
     @property
-    def nh(self): return len(self.heads)
+    def nh(self):
+        return len(self.heads)
+
     @property
-    def sizes(self): return np.bincount(self.head_of, minlength=self.nh)
+    def sizes(self):
+        return np.bincount(self.head_of, minlength=self.nh)
+
     @property
-    def weights(self): return np.array([h.weight for h in self.heads], float)
+    def weights(self):
+        return np.array([h.weight for h in self.heads], float)
 
     @classmethod
-    def single(cls, names): return cls([Head("all", list(range(len(names))))], names, "single")
+    def single(cls, names):
+        return cls([Head("all", list(range(len(names))))], names, "single")
 
 # %% ../nbs/06_partition.ipynb #97aadb30
 def _partition(spec, names):
     "What a parsed head file describes; the messages leave the file's name to `load_heads`."
     groups, stated = spec.get("head_assignments"), spec.get("names")
-    if not isinstance(groups, dict) or not groups: raise ValueError("head_assignments: head_0, head_1, ... are due")
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError("head_assignments: head_0, head_1, ... are due")
     heads = []
     for key in (f"head_{i}" for i in range(len(groups))):
         g = groups.get(key)
-        if not isinstance(g, dict): raise ValueError(f"{key} is missing; the file has {', '.join(map(str, groups))}")
-        if not isinstance(g.get("classes"), list): raise ValueError(f"{key}: 'classes' must be a list of ids")
+        if not isinstance(g, dict):
+            raise ValueError(f"{key} is missing; the file has {', '.join(map(str, groups))}")
+        if not isinstance(g.get("classes"), list):
+            raise ValueError(f"{key}: 'classes' must be a list of ids")
         name = g.get("name", key)
-        if type(name) not in (str, int): raise ValueError(f"{key}: name: text is due, got {name!r}")
-        heads.append(Head(str(name), g["classes"], g.get("weight", 1.)))
-    if stated is not None: stated = read_names(stated)
+        if type(name) not in (str, int):
+            raise ValueError(f"{key}: name: text is due, got {name!r}")
+        heads.append(Head(str(name), g["classes"], g.get("weight", 1.0)))
+    if stated is not None:
+        stated = read_names(stated)
     for i, (a, b) in enumerate(zip(stated or [], names or [])):
-        if a != b: raise ValueError(f"made for other classes: class {i} is '{a}' in the file, '{b}' in the data")
+        if a != b:
+            raise ValueError(
+                f"made for other classes: class {i} is '{a}' in the file, '{b}' in the data"
+            )
     n = len(names or stated or {str(c) for h in heads for c in h.classes})
-    facts = dict(names=(stated and len(stated), n), nc=(spec.get("nc"), n), heads=(spec.get("heads"), len(heads)))
+    facts = dict(
+        names=(stated and len(stated), n),
+        nc=(spec.get("nc"), n),
+        heads=(spec.get("heads"), len(heads)),
+    )
     for key, (told, true) in facts.items():
-        if told not in (None, true): raise ValueError(f"{key}: the file states {told!r:.80}, but there are {true}")
-    return Partition(heads, names or stated or list(map(str, range(n))), str(spec.get("grouping", "file")))
+        if told not in (None, true):
+            raise ValueError(f"{key}: the file states {told!r:.80}, but there are {true}")
+    return Partition(
+        heads, names or stated or list(map(str, range(n))), str(spec.get("grouping", "file"))
+    )
 
 # %% ../nbs/06_partition.ipynb #65515bbb
 def load_heads(path, names=None):
@@ -149,10 +190,15 @@ def load_heads(path, names=None):
     ----------
     The format is that of Yolov7fast's head files, read from its description.
     """
-    try: spec = read_yaml(path)
-    except FileNotFoundError as e: raise FileNotFoundError(f"{e}; mhdet partition makes head files") from None
-    try: return _partition(spec, names)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    try:
+        spec = read_yaml(path)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}; mhdet partition makes head files") from None
+    try:
+        return _partition(spec, names)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
 
 def save_heads(path, partition):
     """Write a head file, class names included, that `load_heads` reads back as the same partition.
@@ -171,11 +217,20 @@ def save_heads(path, partition):
     ----------
     own
     """
-    heads = {f"head_{i}": dict(name=h.name, weight=float(h.weight), nc=len(h.classes), classes=h.classes)
-             for i, h in enumerate(partition.heads)}
-    spec = dict(nc=partition.nc, heads=partition.nh, grouping=partition.grouping, names=partition.names,
-                head_assignments=heads)
-    text = yaml.safe_dump(spec, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    heads = {
+        f"head_{i}": dict(name=h.name, weight=float(h.weight), nc=len(h.classes), classes=h.classes)
+        for i, h in enumerate(partition.heads)
+    }
+    spec = dict(
+        nc=partition.nc,
+        heads=partition.nh,
+        grouping=partition.grouping,
+        names=partition.names,
+        head_assignments=heads,
+    )
+    text = yaml.safe_dump(
+        spec, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+    )
     Path(path).write_text(text, encoding="utf8")
 
 # %% ../nbs/06_partition.ipynb #23e01f13
@@ -184,9 +239,11 @@ class Pairs(NamedTuple):
 
     Each is a list; pairs are tuples of two ids. Raises nothing: `read_pairs` has checked. Source: own.
     """
+
     pairs: list
     solo: list
     together: list
+
 
 def class_ids(names, classes):
     """Ids of classes given by name or by id.
@@ -212,20 +269,28 @@ def class_ids(names, classes):
     known, out = {n: i for i, n in enumerate(names)}, []
     for c in classes:
         whole = isinstance(c, (int, np.integer)) and not isinstance(c, bool)
-        if isinstance(c, str) and c in known: out.append(known[c])
-        elif whole and 0 <= c < len(names): out.append(int(c))
+        if isinstance(c, str) and c in known:
+            out.append(known[c])
+        elif whole and 0 <= c < len(names):
+            out.append(int(c))
         elif isinstance(c, str):
-            raise ValueError(f"unknown class {c[:200]!r}; nearest: '{difflib.get_close_matches(c, known, 1, 0)[0]}'")
-        else: raise ValueError(f"unknown class id {c!r}, ids are 0..{len(names) - 1}")
+            raise ValueError(
+                f"unknown class {c[:200]!r}; nearest: '{difflib.get_close_matches(c, known, 1, 0)[0]}'"
+            )
+        else:
+            raise ValueError(f"unknown class id {c!r}, ids are 0..{len(names) - 1}")
     return out
+
 
 def _pairs(names, pairs):
     "Pairs by id; a pair is two different classes."
     out = []
     for p in pairs:
-        if not isinstance(p, (list, tuple)) or len(p) != 2: raise ValueError(f"a pair has two classes, got {p!r}")
+        if not isinstance(p, (list, tuple)) or len(p) != 2:
+            raise ValueError(f"a pair has two classes, got {p!r}")
         out.append(tuple(class_ids(names, p)))
-        if out[-1][0] == out[-1][1]: raise ValueError(f"a pair has two different classes, got {p!r}")
+        if out[-1][0] == out[-1][1]:
+            raise ValueError(f"a pair has two different classes, got {p!r}")
     return out
 
 # %% ../nbs/06_partition.ipynb #eca58c36
@@ -256,11 +321,17 @@ def read_pairs(path, names):
     spec = read_yaml(path)
     try:
         for key, value in spec.items():
-            if key not in Pairs._fields: raise ValueError(f"unknown key {key!r}; allowed: {', '.join(Pairs._fields)}")
-            if not isinstance(value, list): raise ValueError(f"{key}: a list is due, got {value!r}")
-        return Pairs(_pairs(names, spec.get("pairs", [])), class_ids(names, spec.get("solo", [])),
-                     _pairs(names, spec.get("together", [])))
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+            if key not in Pairs._fields:
+                raise ValueError(f"unknown key {key!r}; allowed: {', '.join(Pairs._fields)}")
+            if not isinstance(value, list):
+                raise ValueError(f"{key}: a list is due, got {value!r}")
+        return Pairs(
+            _pairs(names, spec.get("pairs", [])),
+            class_ids(names, spec.get("solo", [])),
+            _pairs(names, spec.get("together", [])),
+        )
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
 
 # %% ../nbs/06_partition.ipynb #2ce6be4c
 def read_counts(path, names):
@@ -291,20 +362,31 @@ def read_counts(path, names):
     rows = read_table(path)
     columns = rows[0][1] if rows else []
     lost = {"name", "instances"} - set(columns)
-    if lost: raise ValueError(f"{path}: column '{min(lost)}' is missing; the file has {', '.join(columns)[:200]}")
-    if len(set(columns)) < len(columns): raise ValueError(f"{path}: a column is named twice")
+    if lost:
+        raise ValueError(
+            f"{path}: column '{min(lost)}' is missing; the file has {', '.join(columns)[:200]}"
+        )
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path}: a column is named twice")
     counts = np.full(len(names), -1, np.int64)
     for line, row in rows[1:]:
         where, told = f"{path}: line {line}", dict(zip(columns, row))
-        if len(row) != len(columns): raise ValueError(f"{where}: {len(columns)} cells are due, got {len(row)}")
-        try: c, = class_ids(names, [told["name"]])
-        except ValueError as e: raise ValueError(f"{where}: {e}") from None
-        if counts[c] >= 0: raise ValueError(f"{where}: class '{names[c]}' is listed twice")
+        if len(row) != len(columns):
+            raise ValueError(f"{where}: {len(columns)} cells are due, got {len(row)}")
+        try:
+            (c,) = class_ids(names, [told["name"]])
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
+        if counts[c] >= 0:
+            raise ValueError(f"{where}: class '{names[c]}' is listed twice")
         n = told["instances"].strip()
         if not (n.isdecimal() and len(n) < 19):
-            raise ValueError(f"{where}: instances must be a whole number of 0 or more, got {n[:200]!r}")
+            raise ValueError(
+                f"{where}: instances must be a whole number of 0 or more, got {n[:200]!r}"
+            )
         counts[c] = int(n)
-    for c in np.flatnonzero(counts < 0): raise ValueError(f"{path}: class '{names[c]}' ({c}) is not listed")
+    for c in np.flatnonzero(counts < 0):
+        raise ValueError(f"{path}: class '{names[c]}' ({c}) is not listed")
     return counts
 
 # %% ../nbs/06_partition.ipynb #e94add79
@@ -333,11 +415,15 @@ def confusability(matrix, nc):
     """
     m = np.asarray(matrix, float)
     if m.shape not in ((nc, nc), (nc + 1, nc + 1)):
-        raise ValueError(f"confusion: shape {m.shape}, but {nc} classes need ({nc}, {nc}), or one more for background")
-    if not (m >= 0).all(): raise ValueError("confusion: counts must be 0 or more, and no NaN")
+        raise ValueError(
+            f"confusion: shape {m.shape}, but {nc} classes need ({nc}, {nc}), or one more for background"
+        )
+    if not (m >= 0).all():
+        raise ValueError("confusion: counts must be 0 or more, and no NaN")
     share = (m / np.maximum(m.sum(1, keepdims=True), 1e-9))[:nc, :nc]
     np.fill_diagonal(share, 0)
     return (share + share.T) / 2
+
 
 def confused_pairs(matrix, names, k=None, threshold=None):
     """Pairs of classes that a detector confuses, worst first.
@@ -366,7 +452,8 @@ def confused_pairs(matrix, names, k=None, threshold=None):
     ----------
     own
     """
-    if k is not None and k < 0: raise ValueError(f"k must be 0 or more, got {k}")
+    if k is not None and k < 0:
+        raise ValueError(f"k must be 0 or more, got {k}")
     i, j = np.triu_indices(len(names), 1)
     score = confusability(matrix, len(names))[i, j]
     keep = score >= max(threshold or 0, np.finfo(float).tiny)
@@ -381,11 +468,13 @@ class Stats(NamedTuple):
     `size` (nc,) mean of the square root of the area, px, both over boxes of more than 1 px and NaN without one;
     `jaccard` (nc, nc) pictures with both classes over pictures with either, 0..1. Raises nothing. Source: own.
     """
+
     counts: np.ndarray
     pictures: np.ndarray
     log_ratio: np.ndarray
     size: np.ndarray
     jaccard: np.ndarray
+
 
 def class_stats(gt, nc):
     """Counts, shape, size and company of every class.
@@ -416,7 +505,9 @@ def class_stats(gt, nc):
     w, h = (gt["box"][:, 2:] - gt["box"][:, :2]).T
     real = (w > 1) & (h > 1)
     n = np.bincount(label[real], minlength=nc)
-    mean = lambda v: np.divide(np.bincount(label[real], v, nc), n, where=n > 0, out=np.full(nc, np.nan))
+    mean = lambda v: np.divide(
+        np.bincount(label[real], v, nc), n, where=n > 0, out=np.full(nc, np.nan)
+    )
     pictures, row = np.unique(image, return_inverse=True)
     seen = sparse.csr_array((np.ones(len(row), np.int64), (row, label)), shape=(len(pictures), nc))
     seen.data[:] = 1
@@ -424,21 +515,37 @@ def class_stats(gt, nc):
     alone = both.diagonal()
     jaccard = both / np.maximum(alone[:, None] + alone - both, 1)
     w, h = w[real], h[real]
-    return Stats(np.bincount(label, minlength=nc), alone, mean(np.log(w / h)), mean(np.sqrt(w * h)), jaccard)
+    return Stats(
+        np.bincount(label, minlength=nc), alone, mean(np.log(w / h)), mean(np.sqrt(w * h)), jaccard
+    )
 
 # %% ../nbs/06_partition.ipynb #d712771e
 STANDARD = {
-    "people and things at hand": (1., """person, backpack, umbrella, handbag, tie, suitcase, snowboard, sports ball,
+    "people and things at hand": (
+        1.0,
+        """person, backpack, umbrella, handbag, tie, suitcase, snowboard, sports ball,
         kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
-        spoon"""),
-    "traffic and household": (1.2, """bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+        spoon""",
+    ),
+    "traffic and household": (
+        1.2,
+        """bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
         fire hydrant, stop sign, parking meter, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
-        toothbrush"""),
-    "animals and food": (1.5, """bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, bowl,
-        banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza"""),
-    "furniture and devices": (1.1, """frisbee, skis, donut, cake, chair, couch, potted plant, bed, dining table,
-        toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink""")}
+        toothbrush""",
+    ),
+    "animals and food": (
+        1.5,
+        """bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, bowl,
+        banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza""",
+    ),
+    "furniture and devices": (
+        1.1,
+        """frisbee, skis, donut, cake, chair, couch, potted plant, bed, dining table,
+        toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink""",
+    ),
+}
 STANDARD = {name: (weight, re.split(r",\s+", words)) for name, (weight, words) in STANDARD.items()}
+
 
 def read_groups(path):
     """Read a groups file: `groups: {traffic: [car, bus], ...}`, optional `weights: {traffic: 1.2}`.
@@ -468,13 +575,19 @@ def read_groups(path):
     if not isinstance(groups, dict) or not all(isinstance(g, list) for g in groups.values()):
         raise ValueError(f"{path}: groups: a list of classes under every head's name is due")
     if not isinstance(weights, dict) or set(weights) - set(groups):
-        raise ValueError(f"{path}: weights: numbers are due, under names of {', '.join(map(str, groups))}")
+        raise ValueError(
+            f"{path}: weights: numbers are due, under names of {', '.join(map(str, groups))}"
+        )
     for name, classes in groups.items():
         odd = [c for c in classes if type(c) not in (str, int)]
-        if odd: raise ValueError(f"{path}: groups: {name!r}: text or an id is due, got {odd[0]!r}")
-        try: Head(str(name), [], weights.get(name, 1.))
-        except ValueError as e: raise ValueError(f"{path}: weights: {e}") from None
-    return {str(name): (weights.get(name, 1.), classes) for name, classes in groups.items()}
+        if odd:
+            raise ValueError(f"{path}: groups: {name!r}: text or an id is due, got {odd[0]!r}")
+        try:
+            Head(str(name), [], weights.get(name, 1.0))
+        except ValueError as e:
+            raise ValueError(f"{path}: weights: {e}") from None
+    return {str(name): (weights.get(name, 1.0), classes) for name, classes in groups.items()}
+
 
 def standard(names, groups=STANDARD):
     """The hand-made partition by meaning; without groups the four times 20 classes of COCO.
@@ -500,51 +613,78 @@ def standard(names, groups=STANDARD):
     Yolov7fast, standard grouping; class lists and weights as published.
     """
     known = {c for _, classes in groups.values() for c in classes if isinstance(c, str)}
-    odd = ([n for n in names if n not in known] or sorted(known - set(names))) if groups is STANDARD else []
+    odd = (
+        ([n for n in names if n not in known] or sorted(known - set(names)))
+        if groups is STANDARD
+        else []
+    )
     fault = "is missing" if odd and odd[0] in known else "is none of them"
-    if odd: raise ValueError(f"standard is made for COCO's 80 classes; '{odd[0]}' {fault}; others need a groups file")
-    return Partition([Head(h, class_ids(names, c), w) for h, (w, c) in groups.items()], names, "standard")
+    if odd:
+        raise ValueError(
+            f"standard is made for COCO's 80 classes; '{odd[0]}' {fault}; others need a groups file"
+        )
+    return Partition(
+        [Head(h, class_ids(names, c), w) for h, (w, c) in groups.items()], names, "standard"
+    )
 
 # %% ../nbs/06_partition.ipynb #36da7173
 def _checked(names, heads, counts):
     "Counts as an array, after what every strategy must refuse."
     nc = len(names)
-    if not 1 <= heads <= nc: raise ValueError(f"heads must be 1..{nc} for {nc} classes, got {heads}")
+    if not 1 <= heads <= nc:
+        raise ValueError(f"heads must be 1..{nc} for {nc} classes, got {heads}")
     counts = np.ones(nc) if counts is None else np.asarray(counts, float)
-    if counts.shape != (nc,): raise ValueError(f"counts: {nc} classes need {nc} numbers, got shape {counts.shape}")
-    if not ((counts >= 0) & np.isfinite(counts)).all(): raise ValueError("counts must be finite and 0 or more")
+    if counts.shape != (nc,):
+        raise ValueError(f"counts: {nc} classes need {nc} numbers, got shape {counts.shape}")
+    if not ((counts >= 0) & np.isfinite(counts)).all():
+        raise ValueError("counts must be finite and 0 or more")
     return counts
+
 
 def _common(counts, share):
     "Classes with more than a share of the boxes."
-    return set(np.flatnonzero(counts > share * counts.sum()).tolist()) if share is not None else set()
+    return (
+        set(np.flatnonzero(counts > share * counts.sum()).tolist()) if share is not None else set()
+    )
+
 
 def _grouped(names, groups, label, grouping, proof=None):
     "A partition of groups of ids; a head of one class has its name."
     made = [Head(names[g[0]] if len(g) == 1 else f"{label} {i}", g) for i, g in enumerate(groups)]
     return Partition(made, names, grouping, proof)
 
+
 def _ordered(names, head_of, key, grouping):
     "Clusters as a partition, in order of the mean of a key of their classes."
     groups = [np.flatnonzero(head_of == h).tolist() for h in np.unique(head_of)]
     return _grouped(names, sorted(groups, key=lambda g: np.mean(key[g])), grouping, grouping)
 
+
 def _spectral(likeness, heads, seed):
     "Cluster of every class: spectral clustering of a symmetric likeness."
     from sklearn.cluster import SpectralClustering
-    if heads in (1, len(likeness)): return np.arange(len(likeness)) % heads
-    likeness = likeness + .01 * max(likeness.mean(), 1e-9)                    # everything is a little alike: one graph
-    return SpectralClustering(heads, affinity="precomputed", random_state=seed).fit_predict(likeness)
+
+    if heads in (1, len(likeness)):
+        return np.arange(len(likeness)) % heads
+    likeness = likeness + 0.01 * max(
+        likeness.mean(), 1e-9
+    )  # everything is a little alike: one graph
+    return SpectralClustering(heads, affinity="precomputed", random_state=seed).fit_predict(
+        likeness
+    )
+
 
 def _level(likeness, head_of, heads, least, most):
     "Move classes from the largest head to the smallest, nearest to it first, until every size lies in least..most."
     head_of = head_of.copy()
     while True:
         sizes = np.bincount(head_of, minlength=heads)
-        if least <= sizes.min() and sizes.max() <= most: return head_of
+        if least <= sizes.min() and sizes.max() <= most:
+            return head_of
         movable = np.flatnonzero(head_of == sizes.argmax())
         near = likeness[np.ix_(movable, head_of == sizes.argmin())].sum(1)
         head_of[movable[near.argmax()]] = sizes.argmin()
+
 
 def geometry(names, log_ratio, heads=4, seed=0):
     """Classes of like shape in one head: k-means on their mean ln(width / height), tall heads first.
@@ -572,15 +712,21 @@ def geometry(names, log_ratio, heads=4, seed=0):
     Yolov7fast, geometry grouping (from its description).
     """
     from sklearn.cluster import KMeans
+
     _checked(names, heads, None)
     shape = np.asarray(log_ratio, float)
     shape = np.where(np.isnan(shape), np.nanmean(shape) if not np.isnan(shape).all() else 0, shape)
     if (n := len(np.unique(shape))) < heads:
         raise ValueError(f"geometry: {n} different shapes cannot fill {heads} heads")
-    return _ordered(names, KMeans(heads, n_init=10, random_state=seed).fit_predict(shape[:, None]), shape, "geometry")
+    return _ordered(
+        names,
+        KMeans(heads, n_init=10, random_state=seed).fit_predict(shape[:, None]),
+        shape,
+        "geometry",
+    )
 
 # %% ../nbs/06_partition.ipynb #5bfeff22
-def hybrid(names, stats, heads=4, alpha=.5, slack=None, seed=0):
+def hybrid(names, stats, heads=4, alpha=0.5, slack=None, seed=0):
     """Classes alike in shape and company in one head: spectral clustering, then sizes levelled.
 
     Parameters
@@ -611,18 +757,22 @@ def hybrid(names, stats, heads=4, alpha=.5, slack=None, seed=0):
     Yolov7fast, hybrid grouping (from its description).
     """
     _checked(names, heads, None)
-    if not 0 <= alpha <= 1: raise ValueError(f"hybrid: alpha must be 0..1, got {alpha}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"hybrid: alpha must be 0..1, got {alpha}")
     nc, mean = len(names), len(names) / heads
     slack = mean / 4 if slack is None else slack
     least, most = max(1, np.ceil(mean - slack)), np.floor(mean + slack)
     if least > nc // heads or most < -(-nc // heads):
-        raise ValueError(f"hybrid: {nc} classes in {heads} heads cannot have sizes within {mean:.4g} +- {slack:.4g}")
+        raise ValueError(
+            f"hybrid: {nc} classes in {heads} heads cannot have sizes within {mean:.4g} +- {slack:.4g}"
+        )
     known = stats.log_ratio[~np.isnan(stats.log_ratio)]
     shape = np.where(np.isnan(stats.log_ratio), known.mean() if len(known) else 0, stats.log_ratio)
     likeness = alpha * np.exp(-2 * (shape[:, None] - shape) ** 2) + (1 - alpha) * stats.jaccard
     np.fill_diagonal(likeness, 1)
     found = _level(likeness, _spectral(likeness, heads, seed), heads, least, most)
     return _ordered(names, found, shape, "hybrid")
+
 
 def together(names, confusion, heads=4, seed=0):
     """The opposite bet: classes that are confused share a head; spectral clustering of the confusability.
@@ -661,11 +811,14 @@ def _fill(order, counts, heads, rivals=None):
     "Each class, in order, into the rival-free head with the fewest boxes (then classes), else into the emptiest."
     groups, load = [[] for _ in range(heads)], np.zeros(heads)
     for c in order:
-        free = [h for h in range(heads) if not (rivals or {}).get(c, set()) & set(groups[h])] or range(heads)
+        free = [
+            h for h in range(heads) if not (rivals or {}).get(c, set()) & set(groups[h])
+        ] or range(heads)
         h = min(free, key=lambda h: (load[h], len(groups[h])))
         groups[h].append(int(c))
         load[h] += counts[c]
     return groups
+
 
 def anti_confusion(names, pairs, counts, heads=4, solo=(), share=None):
     """Keep confused classes in different heads and the heads' boxes balanced: greedy colouring, common classes first.
@@ -703,10 +856,13 @@ def anti_confusion(names, pairs, counts, heads=4, solo=(), share=None):
     order = np.argsort(-counts, kind="stable").tolist()
     rest, lone = [c for c in order if c not in alone], [[c] for c in order if c in alone]
     left, rivals = heads - len(lone), {}
-    if left < bool(rest): raise ValueError(f"{len(lone)} solo classes leave no head for the rest; heads is {heads}")
-    for a, b in _pairs(names, pairs): rivals.setdefault(a, set()).add(b), rivals.setdefault(b, set()).add(a)
+    if left < bool(rest):
+        raise ValueError(f"{len(lone)} solo classes leave no head for the rest; heads is {heads}")
+    for a, b in _pairs(names, pairs):
+        rivals.setdefault(a, set()).add(b), rivals.setdefault(b, set()).add(a)
     groups = lone + _fill(rest, counts, left, rivals)
     return _grouped(names, groups, "mixed", "anti-confusion")
+
 
 def random_heads(names, heads, seed, counts=None):
     """The control: classes dealt out by chance.
@@ -739,39 +895,65 @@ def random_heads(names, heads, seed, counts=None):
 
 # %% ../nbs/06_partition.ipynb #73d93614
 class _Rule(NamedTuple):
-    kind: str               # apart, together: two classes; alone: a class; boxes, classes: a factor
+    kind: str  # apart, together: two classes; alone: a class; boxes, classes: a factor
     what: object
 
     def text(self, names):
-        if self.kind in ("apart", "together"): return f"{names[self.what[0]]} and {names[self.what[1]]} {self.kind}"
-        if self.kind == "alone": return f"{names[self.what]} alone"
+        if self.kind in ("apart", "together"):
+            return f"{names[self.what[0]]} and {names[self.what[1]]} {self.kind}"
+        if self.kind == "alone":
+            return f"{names[self.what]} alone"
         return f"{self.kind} of the heads that are not alone within a factor {self.what:.6g}"
+
 
 def _rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance):
     "Every wish as a rule."
     for r in (imbalance, class_imbalance):
-        if r is not None and not r >= 1: raise ValueError(f"an imbalance is 1 or more, got {r}")
+        if r is not None and not r >= 1:
+            raise ValueError(f"an imbalance is 1 or more, got {r}")
     apart = dict.fromkeys(tuple(sorted(p)) for p in _pairs(names, pairs))
     alone = sorted(set(class_ids(names, solo)) | _common(counts, share))
-    return ([_Rule("apart", p) for p in apart] + [_Rule("together", p) for p in _pairs(names, join)]
-            + [_Rule("alone", c) for c in alone]
-            + [_Rule(k, float(r)) for k, r in (("boxes", imbalance), ("classes", class_imbalance)) if r is not None])
+    return (
+        [_Rule("apart", p) for p in apart]
+        + [_Rule("together", p) for p in _pairs(names, join)]
+        + [_Rule("alone", c) for c in alone]
+        + [
+            _Rule(k, float(r))
+            for k, r in (("boxes", imbalance), ("classes", class_imbalance))
+            if r is not None
+        ]
+    )
+
 
 def _task(rules, mass, counts, heads):
     "Items, classes alone, the task of dealing the items, what they cost in themselves; None: plainly impossible."
     nc, said = len(counts), lambda kind: [r.what for r in rules if r.kind == kind]
     joined, alone = nx.Graph(said("together")), sorted(set(said("alone")), key=lambda c: -counts[c])
     joined.add_nodes_from(range(nc))
-    items = sorted(sorted(c) for c in nx.connected_components(joined) if len(c) > 1 or not c & set(alone))
+    items = sorted(
+        sorted(c) for c in nx.connected_components(joined) if len(c) > 1 or not c & set(alone)
+    )
     left, member, apart = heads - len(alone), np.zeros((len(items), nc)), np.zeros((nc, nc))
-    for i, item in enumerate(items): member[i, item] = 1
-    for a, b in said("apart"): apart[a, b] = apart[b, a] = 1
+    for i, item in enumerate(items):
+        member[i, item] = 1
+    for a, b in said("apart"):
+        apart[a, b] = apart[b, a] = 1
     rivals, cost = member @ apart @ member.T > 0, member @ mass @ member.T
-    if member[:, alone].any() or rivals.diagonal().any() or not (len(items) > 0) <= left <= len(items): return None
+    if (
+        member[:, alone].any()
+        or rivals.diagonal().any()
+        or not (len(items) > 0) <= left <= len(items)
+    ):
+        return None
     fixed = cost.trace() / 2
     np.fill_diagonal(cost, 0)
     limits = np.array([min(said(kind), default=np.inf) for kind in ("boxes", "classes")])
-    return items, alone, Task(left, cost, rivals, np.stack([member @ counts, member.sum(1)]), limits), fixed
+    return (
+        items,
+        alone,
+        Task(left, cost, rivals, np.stack([member @ counts, member.sum(1)]), limits),
+        fixed,
+    )
 
 # %% ../nbs/06_partition.ipynb #4bef9ddb
 def _greedy(task, items, wished):
@@ -779,23 +961,41 @@ def _greedy(task, items, wished):
     item, a = {c: i for i, group in enumerate(items) for c in group}, np.zeros(len(items), int)
     foes = {i: set(np.flatnonzero(r).tolist()) for i, r in enumerate(task.rivals)}
     for i, j in [(item[a], item[b]) for a, b in wished if a in item and b in item]:
-        if i != j: foes[i].add(j), foes[j].add(i)
+        if i != j:
+            foes[i].add(j), foes[j].add(i)
     boxes = task.weights[0]
-    for h, group in enumerate(_fill(np.argsort(-boxes, kind="stable"), boxes, task.heads, foes)): a[group] = h
+    for h, group in enumerate(_fill(np.argsort(-boxes, kind="stable"), boxes, task.heads, foes)):
+        a[group] = h
     return a
+
 
 def _clash(rules, counts, heads):
     "A smallest set of rules that cannot all be kept: without any one of them the rest can, as far as 5 s tell."
+
     def possible(some):
         made = _task(some, np.zeros((len(counts),) * 2), counts, heads)
         return made is not None and (not made[0] or not programme(made[2], 5)[2])
+
     for r in rules:
-        if not possible(rest := [x for x in rules if x is not r]): rules = rest
+        if not possible(rest := [x for x in rules if x is not r]):
+            rules = rest
     return rules
 
 # %% ../nbs/06_partition.ipynb #0fa78f43
-def optimal(names, counts, heads=4, confusion=None, pairs=(), solo=(), join=(), share=None, imbalance=None,
-            class_imbalance=None, time_limit=60., gap=0.):
+def optimal(
+    names,
+    counts,
+    heads=4,
+    confusion=None,
+    pairs=(),
+    solo=(),
+    join=(),
+    share=None,
+    imbalance=None,
+    class_imbalance=None,
+    time_limit=60.0,
+    gap=0.0,
+):
     """The partition with the least confusability inside heads under the rules given, and a proof of how good it is.
 
     Without a confusion matrix the most boxes of a head that is not solo are made as few as possible.
@@ -842,28 +1042,55 @@ def optimal(names, counts, heads=4, confusion=None, pairs=(), solo=(), join=(), 
     own; see chapter 05b for search, bound and proof.
     """
     start, counts = time.monotonic(), _checked(names, heads, counts)
-    until, rules = start + time_limit, _rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance)
-    mass = confusability(np.zeros((len(names),) * 2) if confusion is None else confusion, len(names))
+    until, rules = (
+        start + time_limit,
+        _rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance),
+    )
+    mass = confusability(
+        np.zeros((len(names),) * 2) if confusion is None else confusion, len(names)
+    )
     found = _task(rules, mass, counts, heads)
     if found:
         items, lone, task, fixed = found
-        if not items: return _grouped(names, [[c] for c in lone], "mixed", "optimal")
+        if not items:
+            return _grouped(names, [[c] for c in lone], "mixed", "optimal")
         wished = [] if confusion is None else confused_pairs(confusion, names, len(names))
-        try: a = begin(task, _greedy(task, items, wished), until)
-        except TimeoutError as e: raise ValueError(f"{e} in {time_limit:.4g} s; allow more, or loosen a rule") from None
+        try:
+            a = begin(task, _greedy(task, items, wished), until)
+        except TimeoutError as e:
+            raise ValueError(f"{e} in {time_limit:.4g} s; allow more, or loosen a rule") from None
     if not found or a is None:
         clash = "; ".join(r.text(names) for r in _clash(rules, counts, heads))
         raise ValueError(f"no partition into {heads} heads has all of: {clash}")
     if confusion is not None and imbalance is None and (boxes := task.loads(a)[0]).min() > 0:
-        task = task._replace(limits=np.array([max(1.05, boxes.max() / boxes.min()), task.limits[1]]))
+        task = task._replace(
+            limits=np.array([max(1.05, boxes.max() / boxes.min()), task.limits[1]])
+        )
     a, value, bound = deal(task, a, until, gap, peak=confusion is None)
     whole = 1 if confusion is None else max(mass.sum() / 2, 1e-12)
     value, bound = (float(fixed + v) / whole for v in (value, bound))
-    limits = [f"{k} within a factor {r:.4g}" for k, r in zip(("boxes", "classes"), task.limits) if r < np.inf]
-    words = ", ".join(["boxes of the largest head" if confusion is None else "confusability inside heads", *limits])
-    loss = 1 - bound / value if value else 0.
-    proof = Proof(f"{words}; solo heads apart", value, bound, loss if loss > 1e-7 else 0., time.monotonic() - start)
-    groups = [sorted(c for i in np.flatnonzero(a == h) for c in items[i]) for h in range(task.heads)]
+    limits = [
+        f"{k} within a factor {r:.4g}"
+        for k, r in zip(("boxes", "classes"), task.limits)
+        if r < np.inf
+    ]
+    words = ", ".join(
+        [
+            "boxes of the largest head" if confusion is None else "confusability inside heads",
+            *limits,
+        ]
+    )
+    loss = 1 - bound / value if value else 0.0
+    proof = Proof(
+        f"{words}; solo heads apart",
+        value,
+        bound,
+        loss if loss > 1e-7 else 0.0,
+        time.monotonic() - start,
+    )
+    groups = [
+        sorted(c for i in np.flatnonzero(a == h) for c in items[i]) for h in range(task.heads)
+    ]
     groups.sort(key=lambda g: -counts[g].sum())
     return _grouped(names, [[c] for c in lone] + groups, "mixed", "optimal", proof)
 
@@ -890,10 +1117,16 @@ def balanced(partition, counts):
     ----------
     own
     """
-    boxes = np.bincount(partition.head_of, _checked(partition.names, partition.nh, counts), partition.nh)
-    for h in np.flatnonzero(boxes == 0): raise ValueError(f"head {h} ('{partition.heads[h].name}') has no boxes")
+    boxes = np.bincount(
+        partition.head_of, _checked(partition.names, partition.nh, counts), partition.nh
+    )
+    for h in np.flatnonzero(boxes == 0):
+        raise ValueError(f"head {h} ('{partition.heads[h].name}') has no boxes")
     weights = (1 / boxes) / (1 / boxes).mean()
-    return replace(partition, heads=[replace(h, weight=float(w)) for h, w in zip(partition.heads, weights)])
+    return replace(
+        partition, heads=[replace(h, weight=float(w)) for h, w in zip(partition.heads, weights)]
+    )
+
 
 def card(partition, counts=None, confusion=None, pairs=()):
     """What a partition gives and gives up, as JSON values.
@@ -925,19 +1158,34 @@ def card(partition, counts=None, confusion=None, pairs=()):
     ----------
     own
     """
-    h, names, pairs, proof = partition.head_of, partition.names, _pairs(partition.names, pairs), partition.proof
+    h, names, pairs, proof = (
+        partition.head_of,
+        partition.names,
+        _pairs(partition.names, pairs),
+        partition.proof,
+    )
     given_up = [[names[a], names[b]] for a, b in pairs if h[a] == h[b]]
-    out = dict(sizes=partition.sizes.tolist(), boxes=None, share=None, imbalance=None, inside_confusion=None,
-               pairs_apart=len(pairs) - len(given_up), pairs_total=len(pairs), given_up=given_up,
-               **{k: getattr(proof, k, None) for k in ("objective", "bound", "gap")})
+    out = dict(
+        sizes=partition.sizes.tolist(),
+        boxes=None,
+        share=None,
+        imbalance=None,
+        inside_confusion=None,
+        pairs_apart=len(pairs) - len(given_up),
+        pairs_total=len(pairs),
+        given_up=given_up,
+        **{k: getattr(proof, k, None) for k in ("objective", "bound", "gap")},
+    )
     if counts is not None:
         boxes = np.bincount(h, _checked(names, partition.nh, counts), partition.nh)
         out |= dict(boxes=boxes.astype(int).tolist(), share=(boxes / max(boxes.sum(), 1)).tolist())
-        if boxes.min(): out["imbalance"] = float(boxes.max() / boxes.min())
+        if boxes.min():
+            out["imbalance"] = float(boxes.max() / boxes.min())
     if confusion is not None:
         mass = confusability(confusion, partition.nc)
         out["inside_confusion"] = float(mass[h[:, None] == h].sum() / max(mass.sum(), 1e-9))
     return out
+
 
 def card_text(partition, facts):
     """A card for people: a line for every head, then what the whole is worth.
@@ -965,12 +1213,19 @@ def card_text(partition, facts):
     held = [f" {b:9,} boxes {s:6.1%}" for b, s in known] or [""] * partition.nh
     lines = [f"{partition.grouping}: {partition.nc} classes, heads: {partition.nh}"]
     for head, b in zip(partition.heads, held):
-        classes = textwrap.shorten(", ".join(partition.names[c] for c in head.classes), 60, placeholder=" ...")
-        lines.append(f"  {head.name:16.16} {len(head.classes):4} classes{b}  weight {head.weight:.3g}  {classes}")
-    worth = {"largest head over smallest": facts["imbalance"] and f"{facts['imbalance']:.4g}",
-             "confusability inside heads": facts["inside_confusion"] is not None and f"{facts['inside_confusion']:.4f}",
-             "pairs apart": facts["pairs_total"] and f"{facts['pairs_apart']} of {facts['pairs_total']}",
-             "given up": ", ".join("-".join(p) for p in facts["given_up"])}
+        classes = textwrap.shorten(
+            ", ".join(partition.names[c] for c in head.classes), 60, placeholder=" ..."
+        )
+        lines.append(
+            f"  {head.name:16.16} {len(head.classes):4} classes{b}  weight {head.weight:.3g}  {classes}"
+        )
+    worth = {
+        "largest head over smallest": facts["imbalance"] and f"{facts['imbalance']:.4g}",
+        "confusability inside heads": facts["inside_confusion"] is not None
+        and f"{facts['inside_confusion']:.4f}",
+        "pairs apart": facts["pairs_total"] and f"{facts['pairs_apart']} of {facts['pairs_total']}",
+        "given up": ", ".join("-".join(p) for p in facts["given_up"]),
+    }
     lines += [f"  {k:28}  {v}" for k, v in worth.items() if v]
     if p := partition.proof:
         lines += [f"  {p.objective}: {p.value:.6g}, proven at least {p.bound:.6g}, gap {p.gap:.3g}"]
@@ -1006,13 +1261,34 @@ def plot_balance(partition, counts, ax=None):
     for h, head in enumerate(partition.heads):
         ids = sorted(head.classes, key=lambda c: -counts[c])
         left = np.cumsum(counts[ids]) - counts[ids]
-        ax.barh(h, counts[ids], left=left, color=HEAD_COLORS[h % len(HEAD_COLORS)], edgecolor="w", lw=.4)
+        ax.barh(
+            h,
+            counts[ids],
+            left=left,
+            color=HEAD_COLORS[h % len(HEAD_COLORS)],
+            edgecolor="w",
+            lw=0.4,
+        )
         for c, x in zip(ids, left):
-            if counts[c] > .025 * len(partition.names[c]) * widest:
-                ax.text(x + counts[c] / 2, h, partition.names[c], ha="center", va="center", fontsize=7, color="w")
+            if counts[c] > 0.025 * len(partition.names[c]) * widest:
+                ax.text(
+                    x + counts[c] / 2,
+                    h,
+                    partition.names[c],
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="w",
+                )
     imbalance = card(partition, counts)["imbalance"]
-    ax.set(yticks=range(partition.nh), yticklabels=[h.name for h in partition.heads], xlabel="boxes",
-           title=f"the largest head holds {imbalance:.2f} times the smallest" if imbalance else "a head holds nothing")
+    ax.set(
+        yticks=range(partition.nh),
+        yticklabels=[h.name for h in partition.heads],
+        xlabel="boxes",
+        title=f"the largest head holds {imbalance:.2f} times the smallest"
+        if imbalance
+        else "a head holds nothing",
+    )
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(EngFormatter())
     return ax

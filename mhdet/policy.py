@@ -48,13 +48,21 @@ def param_groups(model, lr, weight_decay):
     kinds = {"weight": [], "norm": [], "bias": []}
     for name, p in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
-        kinds["bias" if last == "bias" else "weight" if last == "weight" and p.ndim > 1 else "norm"].append(p)
+        kinds[
+            "bias" if last == "bias" else "weight" if last == "weight" and p.ndim > 1 else "norm"
+        ].append(p)
     decay = {"weight": weight_decay}
-    groups = [dict(params=ps, kind=k, lr=lr, weight_decay=decay.get(k, 0.)) for k, ps in kinds.items() if ps]
-    if not groups: raise ValueError(f"{type(model).__name__} has no parameters")
+    groups = [
+        dict(params=ps, kind=k, lr=lr, weight_decay=decay.get(k, 0.0))
+        for k, ps in kinds.items()
+        if ps
+    ]
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no parameters")
     return groups
 
-def sgd(model, lr, momentum=.937, weight_decay=5e-4):
+
+def sgd(model, lr, momentum=0.937, weight_decay=5e-4):
     """Stochastic gradient descent with Nesterov momentum over the groups of `param_groups`.
 
     Parameters
@@ -75,7 +83,9 @@ def sgd(model, lr, momentum=.937, weight_decay=5e-4):
     ----------
     Sutskever et al. 2013.
     """
-    return torch.optim.SGD(param_groups(model, lr, weight_decay), lr=lr, momentum=momentum, nesterov=True, fused=True)
+    return torch.optim.SGD(
+        param_groups(model, lr, weight_decay), lr=lr, momentum=momentum, nesterov=True, fused=True
+    )
 
 # %% ../nbs/13_policy.ipynb #d6cc2f02
 class Schedule(Callback):
@@ -89,17 +99,32 @@ class Schedule(Callback):
     0: elsewhere it does nothing, and its run is the span. Another kind, or one without its parts, raises `ValueError`.
     Source: the YOLOv7-tiny recipe; Loshchilov and Hutter 2017; `restarts`: the three-scale log.
     """
-    def __init__(self, lr, lrf=.01, warmup=3., kind="cosine", momentum=.937, warmup_momentum=.8, warmup_bias_lr=None,
-                 parts=(), span=None):
+
+    def __init__(
+        self,
+        lr,
+        lrf=0.01,
+        warmup=3.0,
+        kind="cosine",
+        momentum=0.937,
+        warmup_momentum=0.8,
+        warmup_bias_lr=None,
+        parts=(),
+        span=None,
+    ):
         kinds = "cosine", "constant", "step", "restarts"
-        if kind not in kinds: raise ValueError(f"schedule={kind}: allowed are {', '.join(kinds)}")
-        if not parts and kind in kinds[2:]: raise ValueError(f"schedule={kind}: lr_parts are due")
+        if kind not in kinds:
+            raise ValueError(f"schedule={kind}: allowed are {', '.join(kinds)}")
+        if not parts and kind in kinds[2:]:
+            raise ValueError(f"schedule={kind}: lr_parts are due")
         if any(isinstance(p, (int, float)) == (kind == "restarts") for p in parts):
-            raise ValueError(f"lr_parts={parts}: epochs for step, [share, epochs] each for restarts")
+            raise ValueError(
+                f"lr_parts={parts}: epochs for step, [share, epochs] each for restarts"
+            )
         self.parts = list(parts)
         self.lr, self.lrf, self.warmup, self.kind = lr, lrf, warmup, kind
         self.momentum, self.warmup_momentum, self.span = momentum, warmup_momentum, span
-        self.bias_lr = min(.1, 10 * lr) if warmup_bias_lr is None else warmup_bias_lr
+        self.bias_lr = min(0.1, 10 * lr) if warmup_bias_lr is None else warmup_bias_lr
 
     def at(self, step, steps_per_epoch, epochs):
         "Rate, rate of biases and momentum of an optimiser step (counted from 0)."
@@ -107,29 +132,43 @@ class Schedule(Callback):
             lr = self.lr * self.restarts(step // steps_per_epoch)
             return dict(lr=lr, bias_lr=lr, momentum=self.momentum)
         total = max(steps_per_epoch * epochs, 1)
-        warm = min(self.warmup * steps_per_epoch, .1 * total)
-        share = min(1., (step + 1) / warm) if warm else 1.
-        swing = (1 + math.cos(math.pi * min(step / total, 1.))) / 2 if self.kind == "cosine" else 1.
+        warm = min(self.warmup * steps_per_epoch, 0.1 * total)
+        share = min(1.0, (step + 1) / warm) if warm else 1.0
+        swing = (
+            (1 + math.cos(math.pi * min(step / total, 1.0))) / 2 if self.kind == "cosine" else 1.0
+        )
         lr = self.lr * (self.lrf + (1 - self.lrf) * swing) if self.kind == "cosine" else self.lr
-        if self.kind == "step": lr *= self.lrf ** sum(step >= at * steps_per_epoch for at in self.parts)
-        return dict(lr=lr * share, bias_lr=self.bias_lr + (lr - self.bias_lr) * share,
-                    momentum=self.warmup_momentum + (self.momentum - self.warmup_momentum) * share)
+        if self.kind == "step":
+            lr *= self.lrf ** sum(step >= at * steps_per_epoch for at in self.parts)
+        return dict(
+            lr=lr * share,
+            bias_lr=self.bias_lr + (lr - self.bias_lr) * share,
+            momentum=self.warmup_momentum + (self.momentum - self.warmup_momentum) * share,
+        )
 
     def restarts(self, epoch):
         "Share of the rate in an epoch (counted from 0)."
-        if epoch < self.warmup: return min(1., (epoch + 1) / self.warmup)
+        if epoch < self.warmup:
+            return min(1.0, (epoch + 1) / self.warmup)
         epoch -= self.warmup
         for height, length in self.parts:
-            if epoch < length: return height * (1 + math.cos(math.pi * epoch / length)) / 2
+            if epoch < length:
+                return height * (1 + math.cos(math.pi * epoch / length)) / 2
             epoch -= length
-        return 0.
+        return 0.0
 
     def before_batch(self, learner):
         first, end = self.span or (0, learner.epochs)
-        if not first <= learner.epoch < end: return
-        now = self.at(learner.steps - first * learner.steps_per_epoch, learner.steps_per_epoch, end - first)
+        if not first <= learner.epoch < end:
+            return
+        now = self.at(
+            learner.steps - first * learner.steps_per_epoch, learner.steps_per_epoch, end - first
+        )
         for g in learner.optimizer.param_groups:
-            g["lr"], g["momentum"] = now["bias_lr" if g.get("kind") == "bias" else "lr"], now["momentum"]
+            g["lr"], g["momentum"] = (
+                now["bias_lr" if g.get("kind") == "bias" else "lr"],
+                now["momentum"],
+            )
 
 # %% ../nbs/13_policy.ipynb #ac7649a7
 class EMA(Callback):
@@ -140,25 +179,39 @@ class EMA(Callback):
     made. A decay outside [0, 1) is a `ValueError`. Source: Polyak and Juditsky 1992; the ramp is that of the YOLOv7
     recipe.
     """
-    def __init__(self, model, decay=.9999, tau=2000):
-        if not 0 <= decay < 1: raise ValueError(f"ema={decay}: a decay in [0, 1) is due")
-        self.model, self.decay, self.tau = copy.deepcopy(model).eval().requires_grad_(False), decay, tau
 
-    def decay_at(self, n): return self.decay * (1 - math.exp(-n / self.tau))
+    def __init__(self, model, decay=0.9999, tau=2000):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema={decay}: a decay in [0, 1) is due")
+        self.model, self.decay, self.tau = (
+            copy.deepcopy(model).eval().requires_grad_(False),
+            decay,
+            tau,
+        )
+
+    def decay_at(self, n):
+        return self.decay * (1 - math.exp(-n / self.tau))
 
     def before_fit(self, learner):
         learner.ema = self.model.to(learner.device, memory_format=torch.channels_last)
-        pairs = list(zip(self.model.state_dict().values(), learner.model.state_dict().values(), strict=True))
+        pairs = list(
+            zip(self.model.state_dict().values(), learner.model.state_dict().values(), strict=True)
+        )
         self.floats = [list(ts) for ts in zip(*[p for p in pairs if p[0].is_floating_point()])]
         self.whole = [list(ts) for ts in zip(*[p for p in pairs if not p[0].is_floating_point()])]
 
     def after_batch(self, learner):
-        if learner.pending: return
+        if learner.pending:
+            return
         torch._foreach_lerp_(*self.floats, 1 - self.decay_at(learner.steps))
-        if self.whole: torch._foreach_copy_(*self.whole)
+        if self.whole:
+            torch._foreach_copy_(*self.whole)
 
-    def state_dict(self): return dict(self.model.state_dict())
-    def load_state_dict(self, state): self.model.load_state_dict(state)
+    def state_dict(self):
+        return dict(self.model.state_dict())
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state)
 
 # %% ../nbs/13_policy.ipynb #d7aba92f
 class FreezeStages(Callback):
@@ -170,6 +223,7 @@ class FreezeStages(Callback):
     what learns begins with a momentum of zero. An unknown name or number raises `ValueError` with the known ones.
     Source: own; layer numbers as in the `freeze N` of YOLO trainers.
     """
+
     def __init__(self, parts, until):
         self.parts = parts
         stages = until if isinstance(until, dict) else {0: until}
@@ -179,9 +233,12 @@ class FreezeStages(Callback):
     def choose(self, until):
         "Keys of the parts that are frozen."
         known = [k for k in self.parts if type(k) is type(until)]
-        if isinstance(until, str) and until in known: chosen = known[:known.index(until) + 1]
-        elif isinstance(until, int): chosen = [k for k in known if k < until]
-        else: chosen = [until] if isinstance(until, str) else list(until or ())
+        if isinstance(until, str) and until in known:
+            chosen = known[: known.index(until) + 1]
+        elif isinstance(until, int):
+            chosen = [k for k in known if k < until]
+        else:
+            chosen = [until] if isinstance(until, str) else list(until or ())
         if not set(chosen) <= set(self.parts) or (until and not chosen):
             names, numbers = ([k for k in self.parts if isinstance(k, kind)] for kind in (str, int))
             numbers = [f"numbers up to {max(numbers) + 1}"] if numbers else []
@@ -190,8 +247,10 @@ class FreezeStages(Callback):
 
     def hold(self, chosen):
         self.chosen, self.frozen = chosen, [self.parts[k] for k in chosen]
-        for part in self.parts.values(): part.requires_grad_(True)
-        for part in self.frozen: part.requires_grad_(False)
+        for part in self.parts.values():
+            part.requires_grad_(True)
+        for part in self.frozen:
+            part.requires_grad_(False)
         self.inside = [m for part in self.frozen for m in part.modules()]
 
     def before_epoch(self, learner):
@@ -201,14 +260,17 @@ class FreezeStages(Callback):
             learner.wrap()
         momentum = learner.optimizer.state
         for p in learner.model.parameters():
-            if not p.requires_grad: momentum.pop(p, None)
-            elif p not in momentum: momentum[p] = dict(momentum_buffer=torch.zeros_like(p))   # fused: all, and no noise
+            if not p.requires_grad:
+                momentum.pop(p, None)
+            elif p not in momentum:
+                momentum[p] = dict(momentum_buffer=torch.zeros_like(p))  # fused: all, and no noise
 
     def before_batch(self, learner):
-        for m in self.inside: m.training = False       # whoever called model.train() in between
+        for m in self.inside:
+            m.training = False  # whoever called model.train() in between
 
 # %% ../nbs/13_policy.ipynb #5652a6c8
-def stages(train, scale=1.):
+def stages(train, scale=1.0):
     """The spans of a run: schedule and frozen parts of each.
 
     Parameters
@@ -234,8 +296,10 @@ def stages(train, scale=1.):
     """
     t, made, frozen, first = train, [], {}, 0
     for s in t.stages or [Stage(epochs=t.epochs, freeze=t.freeze)]:
-        lr, lrf, warmup, bias = (getattr(t, k) if getattr(s, k) is None else getattr(s, k)
-                                 for k in ("lr", "lrf", "warmup", "warmup_bias_lr"))
+        lr, lrf, warmup, bias = (
+            getattr(t, k) if getattr(s, k) is None else getattr(s, k)
+            for k in ("lr", "lrf", "warmup", "warmup_bias_lr")
+        )
         span, frozen[first] = (first, first + s.epochs), s.freeze
         moment = t.momentum, t.warmup_momentum
         made.append(Schedule(lr * scale, lrf, warmup, t.schedule, *moment, bias, t.lr_parts, span))
@@ -249,28 +313,42 @@ class MultiScale(Callback):
     `low` and `high` are sides in px, multiples of `stride` are drawn between them, both included (`ValueError`:
     there is none). Pictures are the first element of a batch, (B, C, H, W). Source: Redmon and Farhadi 2017.
     """
+
     def __init__(self, low, high, every=10, last=20, seed=0, stride=32):
         self.sides = range(-(-low // stride) * stride, high + 1, stride)
-        if not self.sides: raise ValueError(f"multi_scale: no multiple of {stride} in {low}..{high}")
+        if not self.sides:
+            raise ValueError(f"multi_scale: no multiple of {stride} in {low}..{high}")
         self.every, self.last, self.seed = every, last, seed
 
     def side(self, epoch, batch, n_batches):
         "Of a batch; None: as it is."
-        if batch + min(self.last, n_batches // 5) >= n_batches: return None
-        return int(np.random.default_rng([self.seed, epoch, batch // self.every]).choice(self.sides))
+        if batch + min(self.last, n_batches // 5) >= n_batches:
+            return None
+        return int(
+            np.random.default_rng([self.seed, epoch, batch // self.every]).choice(self.sides)
+        )
 
     def before_batch(self, learner):
         images, *rest = learner.data
-        side = self.side(learner.epoch, learner.batch // learner.parts, learner.n_batches // learner.parts)
-        if side in (None, images.shape[-1]): return
-        resized = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=side < images.shape[-1])
-        learner.data = [resized.round().to(images.dtype) if images.dtype == torch.uint8 else resized, *rest]
+        side = self.side(
+            learner.epoch, learner.batch // learner.parts, learner.n_batches // learner.parts
+        )
+        if side in (None, images.shape[-1]):
+            return
+        resized = F.interpolate(
+            images.float(), (side, side), mode="bilinear", antialias=side < images.shape[-1]
+        )
+        learner.data = [
+            resized.round().to(images.dtype) if images.dtype == torch.uint8 else resized,
+            *rest,
+        ]
 
 # %% ../nbs/13_policy.ipynb #0584b494
 def _refuse_nan(learner, found):
     "A loss on dev that is not finite is an error, as in training."
     losses = {k: v for k, v in found.items() if k.startswith("dev/")}
-    if not all(map(math.isfinite, losses.values())): raise NonFinite(learner.steps, losses, "val nan")
+    if not all(map(math.isfinite, losses.values())):
+        raise NonFinite(learner.steps, losses, "val nan")
 
 # %% ../nbs/13_policy.ipynb #cd9be195
 class Recorder(Callback):
@@ -283,34 +361,61 @@ class Recorder(Callback):
     key `dev/NAME` that is not finite is a `NonFinite`, and no row; the other errors are those of `evaluate` and of the
     files. Source: own.
     """
+
     def __init__(self, log, evaluate=None, every=1, after=0):
         self.log, self.evaluate, self.every, self.after = log, evaluate, every, after
         self.past, self.sums, self.batches, self.names = {}, None, 0, []
 
     def before_fit(self, learner):
         kept = [r for r in self.log.rows() if r["epoch"] <= learner.epoch]
-        if self.log.path.exists() and learner.accelerator.is_main_process: rewrite(self.log.path, kept)
+        if self.log.path.exists() and learner.accelerator.is_main_process:
+            rewrite(self.log.path, kept)
         learner.row, self.learner = kept[-1] if kept else {}, learner
 
     def before_epoch(self, learner):
         old = self.past if learner.batch else {}
-        self.sums, self.batches, self.pictures = old.get("sums"), old.get("batches", 0), old.get("pictures", 0)
-        self.start, self.names = time.perf_counter() - old.get("seconds", 0.), old.get("names", [])
-        self.past, self.waited = {}, old.get("waited", 0.)                # the learner counts from where it began
+        self.sums, self.batches, self.pictures = (
+            old.get("sums"),
+            old.get("batches", 0),
+            old.get("pictures", 0),
+        )
+        self.start, self.names = time.perf_counter() - old.get("seconds", 0.0), old.get("names", [])
+        self.past, self.waited = (
+            {},
+            old.get("waited", 0.0),
+        )  # the learner counts from where it began
 
     def after_batch(self, learner):
-        self.sums = learner.values if self.sums is None else self.sums.to(learner.device) + learner.values
-        self.batches, self.pictures, self.names = self.batches + 1, self.pictures + len(learner.data[0]), learner.names
+        self.sums = (
+            learner.values if self.sums is None else self.sums.to(learner.device) + learner.values
+        )
+        self.batches, self.pictures, self.names = (
+            self.batches + 1,
+            self.pictures + len(learner.data[0]),
+            learner.names,
+        )
 
-    def mean(self): return self.learner.accelerator.reduce(self.sums.to(self.learner.device), "mean")
-    def busy(self, seconds): return max(0., 1 - (self.waited + self.learner.waited) / seconds)
+    def mean(self):
+        return self.learner.accelerator.reduce(self.sums.to(self.learner.device), "mean")
+
+    def busy(self, seconds):
+        return max(0.0, 1 - (self.waited + self.learner.waited) / seconds)
 
     def after_epoch(self, learner):
         sums, seconds = self.mean().tolist(), time.perf_counter() - self.start
         share = lambda k: self.pictures if k == "loss" else self.batches
         means = {f"train/{k}": v / share(k) for k, v in zip(self.names, sums)}
-        row = dict(epoch=learner.epoch, steps=learner.steps, lr=learner.optimizer.param_groups[0]["lr"]) | means
-        row |= dict(seconds=seconds, pictures_per_s=self.pictures * learner.world / seconds, busy=self.busy(seconds))
+        row = (
+            dict(
+                epoch=learner.epoch, steps=learner.steps, lr=learner.optimizer.param_groups[0]["lr"]
+            )
+            | means
+        )
+        row |= dict(
+            seconds=seconds,
+            pictures_per_s=self.pictures * learner.world / seconds,
+            busy=self.busy(seconds),
+        )
         due = learner.epoch > self.after and learner.epoch % self.every == 0
         if self.evaluate and (due or learner.epoch >= learner.epochs):
             start = time.perf_counter()
@@ -319,16 +424,27 @@ class Recorder(Callback):
             _refuse_nan(learner, found)
         if learner.accelerator.is_main_process:
             self.log.append(**row)
-            write_atomic(self.log.path.with_suffix(".csv"), pd.DataFrame(self.log.rows()).to_csv(index=False).encode())
+            write_atomic(
+                self.log.path.with_suffix(".csv"),
+                pd.DataFrame(self.log.rows()).to_csv(index=False).encode(),
+            )
         learner.row, self.sums, self.batches = row, None, 0
 
     def state_dict(self):
-        if not self.batches: return {}
+        if not self.batches:
+            return {}
         seconds = time.perf_counter() - self.start
-        return dict(sums=self.mean(), names=self.names, batches=self.batches, pictures=self.pictures, seconds=seconds,
-                    waited=self.waited + self.learner.waited)
+        return dict(
+            sums=self.mean(),
+            names=self.names,
+            batches=self.batches,
+            pictures=self.pictures,
+            seconds=seconds,
+            waited=self.waited + self.learner.waited,
+        )
 
-    def load_state_dict(self, state): self.past = state
+    def load_state_dict(self, state):
+        self.past = state
 
 # %% ../nbs/13_policy.ipynb #e99f53a9
 def rewrite(path, rows):
@@ -359,18 +475,21 @@ class Checkpoint(Callback):
     with each, joined by epoch, batch, steps and row. To be put last in the list, so that what the others changed is
     stored. `OSError` when a state cannot be written; the one before stays. Source: own.
     """
+
     def __init__(self, run, keep_every=0, save_steps=0, best=None, meta=None):
         self.run, self.key, self.meta = Path(run), best, meta or {}
         self.keep_every, self.save_steps = keep_every, save_steps
         self.value = self.at = None
 
     def put(self, learner, name, tree):
-        if not learner.accelerator.is_main_process: return
+        if not learner.accelerator.is_main_process:
+            return
         place = dict(epoch=learner.epoch, batch=learner.batch, steps=learner.steps, row=learner.row)
         save(self.run / name, tree, self.meta | place)
 
     def before_fit(self, learner):
-        if not learner.steps and not read_meta(self.run / "last"): self.save_last(learner)
+        if not learner.steps and not read_meta(self.run / "last"):
+            self.save_last(learner)
 
     def save_last(self, learner):
         self.at = learner.epoch, learner.batch
@@ -378,11 +497,14 @@ class Checkpoint(Callback):
 
     def after_batch(self, learner):
         due = self.save_steps and not learner.pending and learner.steps % self.save_steps == 0
-        if due and learner.batch < learner.n_batches: self.save_last(learner)
+        if due and learner.batch < learner.n_batches:
+            self.save_last(learner)
 
     def after_epoch(self, learner):
         value = learner.row.get(self.key)
-        if value is not None and value > (-math.inf if self.value is None else self.value):    # NaN is never larger
+        if value is not None and value > (
+            -math.inf if self.value is None else self.value
+        ):  # NaN is never larger
             self.value = value
             self.put(learner, "best", {"model": learner.ema.state_dict()})
         if self.keep_every and learner.epoch % self.keep_every == 0:
@@ -390,13 +512,18 @@ class Checkpoint(Callback):
         self.save_last(learner)
 
     def after_fit(self, learner):
-        if learner.stopped and self.at != (learner.epoch, learner.batch): self.save_last(learner)
+        if learner.stopped and self.at != (learner.epoch, learner.batch):
+            self.save_last(learner)
 
-    def state_dict(self): return {} if self.value is None else {"best": self.value}
-    def load_state_dict(self, state): self.value = state["best"]
+    def state_dict(self):
+        return {} if self.value is None else {"best": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["best"]
 
 # %% ../nbs/13_policy.ipynb #b68436b0
 FLOW = "epoch load_epoch old_seed new_seed step terms reason".split()
+
 
 def write_flow(run, learner, epoch, seeds, error):
     """Append a row to the flow table of a run, `restarts.csv`; the first process does it.
@@ -421,12 +548,17 @@ def write_flow(run, learner, epoch, seeds, error):
     ----------
     own; the flow table of the three-scale experiment log.
     """
-    if not learner.accelerator.is_main_process: return
-    path, bad = run / "restarts.csv", " ".join(k for k, v in error.terms.items() if not math.isfinite(v))
+    if not learner.accelerator.is_main_process:
+        return
+    path, bad = (
+        run / "restarts.csv",
+        " ".join(k for k, v in error.terms.items() if not math.isfinite(v)),
+    )
     head = [] if path.exists() else [FLOW]
     with path.open("a", newline="", encoding="utf8") as f:
         rows = [*head, [epoch, learner.epoch, *seeds, error.step, bad, error.reason]]
         csv.writer(f, lineterminator="\n").writerows(rows)
+
 
 class NaNGuard(Callback):
     """Returns to `run/last` when a loss is no number, takes the next seed, and writes a row of `run/restarts.csv`.
@@ -439,17 +571,20 @@ class NaNGuard(Callback):
     steps done, the terms that were not finite, `nan`, `val nan` or `out of memory`. `OSError`: not written. Source:
     own; the flow table of the three-scale experiment log.
     """
+
     def __init__(self, run, seeds, reseed, limit=3):
         self.run, self.seeds, self.reseed, self.limit = Path(run), list(seeds), reseed, limit
         self.taken, self.tries = 0, {}
 
-    def seed(self, k): return self.seeds[k] if k < len(self.seeds) else self.seeds[-1] + k - len(self.seeds) + 1
+    def seed(self, k):
+        return self.seeds[k] if k < len(self.seeds) else self.seeds[-1] + k - len(self.seeds) + 1
 
     def on_nonfinite(self, learner, error):
         epoch, taken = error.epoch, self.taken
         self.tries[epoch] = self.tries.get(epoch, 0) + 1
-        if self.tries[epoch] > self.limit or resume_state(self.run / "last", learner) is None: return False
-        self.taken = taken + 1                                    # the state that was loaded knows an older count
+        if self.tries[epoch] > self.limit or resume_state(self.run / "last", learner) is None:
+            return False
+        self.taken = taken + 1  # the state that was loaded knows an older count
         old, new = self.seed(taken), self.seed(taken + 1)
         self.reseed(new)
         write_flow(self.run, learner, epoch, (old, new), error)
@@ -457,14 +592,19 @@ class NaNGuard(Callback):
 
     def on_memory(self, learner, error):
         taken, parts = self.taken, 2 * learner.parts
-        if resume_state(self.run / "last", learner) is None: return False
-        try: learner.divide(parts)
-        except ValueError: return False                           # one picture a part, and still too much
-        if taken: self.load_state_dict({"taken": taken})
+        if resume_state(self.run / "last", learner) is None:
+            return False
+        try:
+            learner.divide(parts)
+        except ValueError:
+            return False  # one picture a part, and still too much
+        if taken:
+            self.load_state_dict({"taken": taken})
         write_flow(self.run, learner, error.epoch, [self.seed(taken)] * 2, error)
         return True
 
-    def state_dict(self): return {"taken": self.taken} if self.taken else {}
+    def state_dict(self):
+        return {"taken": self.taken} if self.taken else {}
 
     def load_state_dict(self, state):
         self.taken = state["taken"]
@@ -477,14 +617,19 @@ class Deadline(Callback):
     Counted anew in each process. A limit that is not positive raises `ValueError`. Source:
     own.
     """
+
     def __init__(self, max_hours):
-        if not max_hours > 0: raise ValueError(f"max_hours={max_hours}: more than 0 is due")
+        if not max_hours > 0:
+            raise ValueError(f"max_hours={max_hours}: more than 0 is due")
         self.seconds = max_hours * 3600
 
-    def before_fit(self, learner): self.start = time.monotonic()
+    def before_fit(self, learner):
+        self.start = time.monotonic()
 
     def after_batch(self, learner):
-        if time.monotonic() - self.start > self.seconds: learner.asked.append("max_hours")
+        if time.monotonic() - self.start > self.seconds:
+            learner.asked.append("max_hours")
+
 
 class EarlyStop(Callback):
     """Ends a fit when `learner.row[key]` has not grown by more than `min_delta` for `patience` checks.
@@ -492,19 +637,26 @@ class EarlyStop(Callback):
     A check is an epoch whose row has the key. To be put behind the `Recorder` and before `Checkpoint`. A patience below
     1 raises `ValueError`. Source: Prechelt 1998.
     """
-    def __init__(self, key, patience, min_delta=0.):
-        if patience < 1: raise ValueError(f"early_stop={patience}: 1 check or more is due")
+
+    def __init__(self, key, patience, min_delta=0.0):
+        if patience < 1:
+            raise ValueError(f"early_stop={patience}: 1 check or more is due")
         self.key, self.patience, self.min_delta = key, patience, min_delta
         self.best, self.since = -math.inf, 0
 
     def before_epoch(self, learner):
-        if self.since >= self.patience: raise StopFit(f"{self.key} no better for {self.patience} checks")
+        if self.since >= self.patience:
+            raise StopFit(f"{self.key} no better for {self.patience} checks")
 
     def after_epoch(self, learner):
-        if (value := learner.row.get(self.key)) is None: return
+        if (value := learner.row.get(self.key)) is None:
+            return
         better = value > self.best + self.min_delta
         self.best, self.since = (value, 0) if better else (self.best, self.since + 1)
         self.before_epoch(learner)
 
-    def state_dict(self): return {"best": self.best, "since": self.since} if math.isfinite(self.best) else {}
-    def load_state_dict(self, state): self.best, self.since = state["best"], state["since"]
+    def state_dict(self):
+        return {"best": self.best, "since": self.since} if math.isfinite(self.best) else {}
+
+    def load_state_dict(self, state):
+        self.best, self.since = state["best"], state["since"]

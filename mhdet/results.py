@@ -21,19 +21,28 @@ from .files import as_flag, as_id, read_json, read_table
 # %% ../nbs/04b_results.ipynb #19ff83af
 def _json(path, kind, due):
     data = read_json(path)
-    if not isinstance(data, kind): raise ValueError(f"{path}: {due} is due at the top, got {type(data).__name__}")
+    if not isinstance(data, kind):
+        raise ValueError(f"{path}: {due} is due at the top, got {type(data).__name__}")
     return data
 
+
 def _refuse(path, bad, problem, rows):
-    if not (bad := list(bad)): return
+    if not (bad := list(bad)):
+        return
     shown = f"entry {bad[0]}: {' '.join(str(rows[bad[0]]).split())[:200]}"
     raise ValueError(f"{path}: {len(bad)} of {len(rows)} entries {problem}, the first is {shown}")
 
-def _number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e18
+
+def _number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e18
+
 
 def _complete(path, rows, *need):
-    lacks = (i for i, r in enumerate(rows) if not isinstance(r, dict) or any(k not in r for k in need))
+    lacks = (
+        i for i, r in enumerate(rows) if not isinstance(r, dict) or any(k not in r for k in need)
+    )
     _refuse(path, lacks, f"lack one of {', '.join(need)}", rows)
+
 
 def _columns(path, rows, ids, cats):
     "Positions and boxes of rows that name pictures and categories by id."
@@ -43,7 +52,10 @@ def _columns(path, rows, ids, cats):
         at = np.array([place.get(as_id(r[key]), -1) for r in rows], np.int64)
         _refuse(path, np.flatnonzero(at < 0), f"have an unknown {key}", rows)
         places.append(at)
-    try: box = np.array(msgspec.convert([r["bbox"] for r in rows], list[tuple[float, float, float, float]]))
+    try:
+        box = np.array(
+            msgspec.convert([r["bbox"] for r in rows], list[tuple[float, float, float, float]])
+        )
     except msgspec.ValidationError as e:
         raise ValueError(f"{path}: a bbox needs 4 numbers: x, y, width, height ({e})") from None
     box = box.reshape(-1, 4)
@@ -81,8 +93,13 @@ def read_gt(path):
     Lin et al. 2014, annotation format.
     """
     data = _json(path, dict, "an object")
-    for k, need in ("images", "id"), ("categories", "id name"), ("annotations", "image_id category_id bbox"):
-        if not isinstance(data.get(k), list): raise ValueError(f"{path}: '{k}' is missing or no list")
+    for k, need in (
+        ("images", "id"),
+        ("categories", "id name"),
+        ("annotations", "image_id category_id bbox"),
+    ):
+        if not isinstance(data.get(k), list):
+            raise ValueError(f"{path}: '{k}' is missing or no list")
         _complete(path, data[k], *need.split())
     for k in "images", "categories":
         odd = (i for i, r in enumerate(data[k]) if as_id(r["id"]) is None)
@@ -93,12 +110,21 @@ def read_gt(path):
     ordered = sorted(data["categories"], key=lambda r: (isinstance(r["id"], str), r["id"]))
     cats, names = [as_id(r["id"]) for r in ordered], [r["name"] for r in ordered]
     for what, a in (("picture ids", ids), ("category ids", cats), ("category names", names)):
-        if len(set(a)) < len(a): raise ValueError(f"{path}: {what} are not unique")
+        if len(set(a)) < len(a):
+            raise ValueError(f"{path}: {what} are not unique")
     image, label, box = _columns(path, rows, ids, cats)
     flags = [[as_flag(r.get(k)) for k in ("difficult", "ignore", "iscrowd")] for r in rows]
-    _refuse(path, (i for i, f in enumerate(flags) if None in f), "have a flag that is neither 0 nor 1", rows)
+    _refuse(
+        path,
+        (i for i, f in enumerate(flags) if None in f),
+        "have a flag that is neither 0 nor 1",
+        rows,
+    )
     flags = np.array(flags, bool).reshape(-1, 3)
-    area = [w * h if r.get("area") is None else r["area"] for r, (w, h) in zip(rows, box[:, 2:] - box[:, :2])]
+    area = [
+        w * h if r.get("area") is None else r["area"]
+        for r, (w, h) in zip(rows, box[:, 2:] - box[:, :2])
+    ]
     bad = (i for i, a in enumerate(area) if not (_number(a) and a >= 0))
     _refuse(path, bad, "have an area that is no number of 0 or more", rows)
     gt = dict(image=image, label=label, box=box, ignore=flags[:, :2].any(1), crowd=flags[:, 2])
@@ -136,7 +162,10 @@ def read_results(path, ids, cats):
     image, label, box = _columns(path, rows, ids, cats)
     bad = (i for i, r in enumerate(rows) if not _number(r["score"]))
     _refuse(path, bad, "have a score that is not a finite number", rows)
-    return dict(image=image, label=label, box=box, score=np.array([r["score"] for r in rows], float))
+    return dict(
+        image=image, label=label, box=box, score=np.array([r["score"] for r in rows], float)
+    )
+
 
 def write_results(path, dt, ids, cats):
     """Write detections as COCO results.
@@ -159,8 +188,10 @@ def write_results(path, dt, ids, cats):
     """
     xy = dt["box"][:, :2]
     columns = (dt["image"], dt["label"], np.c_[xy, dt["box"][:, 2:] - xy], dt["score"])
-    rows = [dict(image_id=ids[i], category_id=cats[c], bbox=b, score=s)
-            for i, c, b, s in zip(*(v.tolist() for v in columns))]
+    rows = [
+        dict(image_id=ids[i], category_id=cats[c], bbox=b, score=s)
+        for i, c, b, s in zip(*(v.tolist() for v in columns))
+    ]
     Path(path).write_text(json.dumps(rows), encoding="utf8")
 
 # %% ../nbs/04b_results.ipynb #70386cd4
@@ -191,7 +222,9 @@ def plot_suspect(picture, suspect, names, ax=None):
     x, y, x2, y2 = suspect["box"]
     color, given = HEAD_COLORS[1], suspect["label"]
     ax.imshow(picture)
-    ax.add_patch(plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, lw=2, ec=color if given is None else "k"))
+    ax.add_patch(
+        plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, lw=2, ec=color if given is None else "k")
+    )
     ax.set_axis_off()
     said = f"{'nothing' if given is None else names[given]}: {names[suspect['seen']]}? {suspect['suspicion']:.2f}"
     ax.set_title(said, fontsize=8, color=color, loc="left")
@@ -232,18 +265,29 @@ def plot_boxes(picture, boxes, names, head_of=None, marked=None, ax=None):
     n = len(boxes["label"])
     marked = np.ones(n, bool) if marked is None else np.asarray(marked)
     scores = [f" {s:.2f}" for s in boxes["score"]] if "score" in boxes else [""] * n
-    for i in np.argsort(marked, kind="stable"):                                         # the marked ones on top
+    for i in np.argsort(marked, kind="stable"):  # the marked ones on top
         (x, y, x2, y2), c = boxes["box"][i], boxes["label"][i]
         color = HEAD_COLORS[(0 if head_of is None else head_of[c]) % 8]
-        lw, alpha, ink = (2, 1, "w" if color != HEAD_COLORS[6] else "k") if marked[i] else (1, .75, "w")
-        ax.add_patch(plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, lw=lw, ec=color, alpha=alpha))
-        ax.text(x, y, names[c] + scores[i], color=ink, fontsize=7 if marked[i] else 6, clip_on=True,
-                va="bottom" if y > .06 * len(picture) else "top",
-                bbox=dict(fc=color, ec="none", pad=.8, alpha=alpha))
+        lw, alpha, ink = (
+            (2, 1, "w" if color != HEAD_COLORS[6] else "k") if marked[i] else (1, 0.75, "w")
+        )
+        ax.add_patch(
+            plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, lw=lw, ec=color, alpha=alpha)
+        )
+        ax.text(
+            x,
+            y,
+            names[c] + scores[i],
+            color=ink,
+            fontsize=7 if marked[i] else 6,
+            clip_on=True,
+            va="bottom" if y > 0.06 * len(picture) else "top",
+            bbox=dict(fc=color, ec="none", pad=0.8, alpha=alpha),
+        )
     return ax
 
 # %% ../nbs/04b_results.ipynb #9516a753
-def detections_apart(a, b, score=1e-4, box=.01):
+def detections_apart(a, b, score=1e-4, box=0.01):
     """How far each answer of two models is from its like in the other set.
 
     Parameters
@@ -267,8 +311,13 @@ def detections_apart(a, b, score=1e-4, box=.01):
     ----------
     own
     """
-    a, b = (np.c_[9. * d["image"], 9. * d["label"], d["score"] / score, d["box"] / box] for d in (a, b))
-    return np.concatenate([cKDTree(y).query(x, p=np.inf, distance_upper_bound=1)[0] for x, y in ((a, b), (b, a))])
+    a, b = (
+        np.c_[9.0 * d["image"], 9.0 * d["label"], d["score"] / score, d["box"] / box]
+        for d in (a, b)
+    )
+    return np.concatenate(
+        [cKDTree(y).query(x, p=np.inf, distance_upper_bound=1)[0] for x, y in ((a, b), (b, a))]
+    )
 
 # %% ../nbs/04b_results.ipynb #e3166170
 def write_confusion(path, matrix, names):
@@ -292,10 +341,12 @@ def write_confusion(path, matrix, names):
     own
     """
     head = [*names, "background"]
-    if np.shape(matrix) != (len(head),) * 2: raise ValueError(f"{path}: matrix {np.shape(matrix)}, {len(names)} names")
+    if np.shape(matrix) != (len(head),) * 2:
+        raise ValueError(f"{path}: matrix {np.shape(matrix)}, {len(names)} names")
     rows = [[n, *r] for n, r in zip(head, np.asarray(matrix).tolist())]
     with open(path, "w", newline="", encoding="utf8") as f:
         csv.writer(f, lineterminator="\n").writerows([["", *head], *rows])
+
 
 def read_confusion(path):
     """Read what `write_confusion` writes, or anybody's file of that form.
@@ -324,15 +375,21 @@ def read_confusion(path):
     """
     rows = read_table(path)
     head = rows[0][1][1:] if rows else []
-    if not head or [r[0] for _, r in rows[1:]] != head: raise ValueError(f"{path}: header and first column differ")
-    if len(set(head)) < len(head): raise ValueError(f"{path}: a class is named twice")
-    if "background" in head[:-1]: raise ValueError(f"{path}: background must be the last class")
+    if not head or [r[0] for _, r in rows[1:]] != head:
+        raise ValueError(f"{path}: header and first column differ")
+    if len(set(head)) < len(head):
+        raise ValueError(f"{path}: a class is named twice")
+    if "background" in head[:-1]:
+        raise ValueError(f"{path}: background must be the last class")
     cells = np.full((len(head),) * 2, np.nan)
     for i, (line, row) in enumerate(rows[1:]):
         with contextlib.suppress(ValueError):
-            if len(row) == len(head) + 1 and "_" not in "".join(row[1:]): cells[i] = np.array(row[1:], float)
+            if len(row) == len(head) + 1 and "_" not in "".join(row[1:]):
+                cells[i] = np.array(row[1:], float)
         if not ((cells[i] >= 0) & (cells[i] < 1e18)).all():
-            raise ValueError(f"{path}: line {line}: {len(head)} counts of 0 or more are due after '{row[0]}'")
+            raise ValueError(
+                f"{path}: line {line}: {len(head)} counts of 0 or more are due after '{row[0]}'"
+            )
     return (cells, head[:-1]) if head[-1] == "background" else (np.pad(cells, (0, 1)), head)
 
 # %% ../nbs/04b_results.ipynb #a9404c86
@@ -360,9 +417,11 @@ def head_blocks(matrix, head_of):
     ----------
     own
     """
-    if len(matrix) != len(head_of) + 1: raise ValueError(f"{len(head_of)} classes, matrix {np.shape(matrix)}")
+    if len(matrix) != len(head_of) + 1:
+        raise ValueError(f"{len(head_of)} classes, matrix {np.shape(matrix)}")
     member = np.eye(max(head_of) + 2)[[*head_of, -1]]
     return (member.T @ matrix @ member).astype(np.asarray(matrix).dtype)
+
 
 def plot_confusion(matrix, names, head_of=None, ax=None):
     """Draw a confusion matrix, row-normalised; classes ordered by head, head borders drawn.
@@ -395,12 +454,22 @@ def plot_confusion(matrix, names, head_of=None, ax=None):
     share = np.asarray(matrix, float) / np.maximum(np.sum(matrix, 1, keepdims=True), 1)
     im = ax.imshow(share[np.ix_(full, full)], cmap="Greys", vmin=0, vmax=1)
     labels = [*(names[i] for i in order), "background"]
-    ax.set(xticks=range(len(full)), yticks=range(len(full)), yticklabels=labels, xlabel="prediction", ylabel="truth")
+    ax.set(
+        xticks=range(len(full)),
+        yticks=range(len(full)),
+        yticklabels=labels,
+        xlabel="prediction",
+        ylabel="truth",
+    )
     ax.set_xticklabels(labels, rotation=90)
     ax.tick_params(labelsize=8 if len(names) <= 20 else 5)
     ax.spines[:].set_visible(True)
     for h in np.unique(head) if head_of is not None else ():
-        first, n = np.flatnonzero(head[order] == h)[0] - .5, (head == h).sum()
-        ax.add_patch(plt.Rectangle((first, first), n, n, fill=False, lw=2, ec=HEAD_COLORS[h % 8], clip_on=False))
-    ax.figure.colorbar(im, ax=ax, label="share of the row", shrink=.8)
+        first, n = np.flatnonzero(head[order] == h)[0] - 0.5, (head == h).sum()
+        ax.add_patch(
+            plt.Rectangle(
+                (first, first), n, n, fill=False, lw=2, ec=HEAD_COLORS[h % 8], clip_on=False
+            )
+        )
+    ax.figure.colorbar(im, ax=ax, label="share of the row", shrink=0.8)
     return ax

@@ -42,12 +42,17 @@ def write_atomic(path, data):
             os.fsync(f.fileno())
         os.replace(temp, path)
     except OSError as e:
-        with contextlib.suppress(OSError): temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
         why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror
-        raise OSError(e.errno, f"{path}: not written, {why}; what was there before is unchanged") from None
+        raise OSError(
+            e.errno, f"{path}: not written, {why}; what was there before is unchanged"
+        ) from None
     here = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(here)
-    finally: os.close(here)
+    try:
+        os.fsync(here)
+    finally:
+        os.close(here)
 
 # %% ../nbs/12_store.ipynb #726a3a75
 def flatten(tree, path=""):
@@ -73,18 +78,24 @@ def flatten(tree, path=""):
     ----------
     own
     """
-    if isinstance(tree, torch.Tensor): return {path: tree}, {"$tensor": path}
-    if isinstance(tree, (str, int, float, bool, type(None))): return {}, tree
+    if isinstance(tree, torch.Tensor):
+        return {path: tree}, {"$tensor": path}
+    if isinstance(tree, (str, int, float, bool, type(None))):
+        return {}, tree
     if not isinstance(tree, (dict, list, tuple)):
-        raise TypeError(f"{path}: {type(tree).__name__} cannot be stored; tensors, text, numbers, dicts, lists can")
+        raise TypeError(
+            f"{path}: {type(tree).__name__} cannot be stored; tensors, text, numbers, dicts, lists can"
+        )
     tensors, items = {}, []
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         named, rest = flatten(value, f"{path}/{key}" if path else str(key))
         tensors |= named
         items.append((key, rest))
-    if not isinstance(tree, dict): return tensors, [rest for _, rest in items]
+    if not isinstance(tree, dict):
+        return tensors, [rest for _, rest in items]
     plain = all(isinstance(k, str) and k[:1] != "$" for k in tree)
     return tensors, dict(items) if plain else {"$items": items}
+
 
 def unflatten(tensors, rest):
     """Put a tree together again; the inverse of `flatten`.
@@ -107,9 +118,12 @@ def unflatten(tensors, rest):
     ----------
     own
     """
-    if isinstance(rest, list): return [unflatten(tensors, r) for r in rest]
-    if not isinstance(rest, dict): return rest
-    if "$tensor" in rest: return tensors[rest["$tensor"]]
+    if isinstance(rest, list):
+        return [unflatten(tensors, r) for r in rest]
+    if not isinstance(rest, dict):
+        return rest
+    if "$tensor" in rest:
+        return tensors[rest["$tensor"]]
     return {k: unflatten(tensors, r) for k, r in rest.get("$items", rest.items())}
 
 # %% ../nbs/12_store.ipynb #b8b16a84
@@ -136,6 +150,7 @@ def seal(body):
     """
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
+
 def read_head(path, slot):
     """The JSON of one slot, checked against its seal.
 
@@ -161,13 +176,16 @@ def read_head(path, slot):
     own
     """
     file = Path(path) / f"{slot}.json"
-    if not file.is_file(): return None
+    if not file.is_file():
+        return None
     try:
         body = json.loads(file.read_bytes())
-        if body.pop("seal") != seal(body): raise ValueError("contents do not match their seal")
+        if body.pop("seal") != seal(body):
+            raise ValueError("contents do not match their seal")
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f"{file}: damaged ({e})") from None
     return body | {"slot": slot}
+
 
 def newest_intact(path):
     """The newest slot whose tensors are what its JSON says.
@@ -192,13 +210,18 @@ def newest_intact(path):
     """
     heads, bad = [], []
     for slot in (0, 1):
-        try: heads.append(read_head(path, slot))
-        except ValueError as e: bad.append(str(e))
+        try:
+            heads.append(read_head(path, slot))
+        except ValueError as e:
+            bad.append(str(e))
     for head in sorted(filter(None, heads), key=lambda h: -h["count"]):
         file = Path(path) / f"{head['slot']}.safetensors"
         data = file.read_bytes() if file.is_file() else b""
-        if len(data) == head["bytes"] and hashlib.sha256(data).hexdigest() == head["sha256"]: return head, data, bad
-        bad.append(f"{file}: damaged ({len(data)} bytes do not match the checksum of {head['bytes']})")
+        if len(data) == head["bytes"] and hashlib.sha256(data).hexdigest() == head["sha256"]:
+            return head, data, bad
+        bad.append(
+            f"{file}: damaged ({len(data)} bytes do not match the checksum of {head['bytes']})"
+        )
     return None, b"", bad
 
 # %% ../nbs/12_store.ipynb #74f791be
@@ -231,11 +254,18 @@ def save(path, tensors, meta=None):
     slot = 1 - head["slot"]
     flat, tree = flatten(tensors)
     data = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in flat.items()})
-    body = dict(format=1, count=head["count"] + 1, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(),
-                meta=meta or {}, tree=tree)
-    body = json.loads(json.dumps(body))                      # sealed as it will be read
+    body = dict(
+        format=1,
+        count=head["count"] + 1,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        meta=meta or {},
+        tree=tree,
+    )
+    body = json.loads(json.dumps(body))  # sealed as it will be read
     write_atomic(path / f"{slot}.safetensors", data)
     write_atomic(path / f"{slot}.json", json.dumps(body | {"seal": seal(body)}).encode())
+
 
 def load(path):
     """The newest intact state of a folder. Nothing is executed by reading.
@@ -267,10 +297,14 @@ def load(path):
     own
     """
     head, data, bad = newest_intact(path)
-    if not head and not bad: raise FileNotFoundError(f"{path}: no stored state (a folder with 0.json or 1.json)")
-    if not head: raise ValueError("; ".join(bad))
-    if bad: warnings.warn(f"{'; '.join(bad)}; taking the intact state {head['count']} of {path}")
+    if not head and not bad:
+        raise FileNotFoundError(f"{path}: no stored state (a folder with 0.json or 1.json)")
+    if not head:
+        raise ValueError("; ".join(bad))
+    if bad:
+        warnings.warn(f"{'; '.join(bad)}; taking the intact state {head['count']} of {path}")
     return unflatten(safetensors.torch.load(data), head["tree"]), head["meta"]
+
 
 def read_meta(path):
     """The meta of the newest state, without touching its tensors (for tables of runs).
@@ -294,7 +328,8 @@ def read_meta(path):
     """
     heads = []
     for slot in (0, 1):
-        with contextlib.suppress(ValueError): heads.append(read_head(path, slot))
+        with contextlib.suppress(ValueError):
+            heads.append(read_head(path, slot))
     return max(filter(None, heads), key=lambda h: h["count"], default={"meta": {}})["meta"]
 
 # %% ../nbs/12_store.ipynb #d3f74ca5
@@ -316,8 +351,13 @@ def rng_state():
     """
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return dict(python=random.getstate(), numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-                torch=torch.get_rng_state(), cuda=cuda)
+    return dict(
+        python=random.getstate(),
+        numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        torch=torch.get_rng_state(),
+        cuda=cuda,
+    )
+
 
 def set_rng_state(state):
     """Put the random streams back where `rng_state` found them.
@@ -341,7 +381,9 @@ def set_rng_state(state):
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]): torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
 
 def resume_state(path, target):
     """Give a learner the newest state of a folder, random streams included.
@@ -366,8 +408,11 @@ def resume_state(path, target):
     ----------
     own
     """
-    try: tree, meta = load(path)
-    except FileNotFoundError: return None
+    try:
+        tree, meta = load(path)
+    except FileNotFoundError:
+        return None
     target.load_state_dict(tree)
-    if "rng" in tree: set_rng_state(tree["rng"])
+    if "rng" in tree:
+        set_rng_state(tree["rng"])
     return meta

@@ -15,13 +15,29 @@ import pandas as pd
 
 from .core import JsonLog, environment, theme
 from .data import open_data
-from .errors import SEED_SD, compare, error_profile, holm, mean_profile, plot_diffs, plot_profile
+from mhdet.errors import (
+    SEED_SD,
+    compare,
+    error_profile,
+    holm,
+    mean_profile,
+    plot_diffs,
+    plot_profile,
+)
 from .experiment import dataset, limits, load_run, plot_runs, predict, train
 from .heads import split_heads
 from .learner import make_accelerator
 from .metrics import confusion, evaluate
-from .partition import (anti_confusion, card, confused_pairs, load_heads, optimal, random_heads, save_heads,
-                             together)
+from mhdet.partition import (
+    anti_confusion,
+    card,
+    confused_pairs,
+    load_heads,
+    optimal,
+    random_heads,
+    save_heads,
+    together,
+)
 from .results import detections_apart, plot_confusion, read_confusion, write_confusion
 from .store import read_meta
 
@@ -30,21 +46,33 @@ def _apart(names, matrix, counts, heads, seed):
     pairs, n = confused_pairs(matrix, names, k=len(names)), min(heads, len(names))
     return anti_confusion(names, pairs, counts, n, share=1 / n)
 
+
 def _best(names, matrix, counts, heads, seed):
     n = min(heads, len(names))
     return optimal(names, counts, n, matrix, share=1 / n, time_limit=20)
 
-def _joined(names, matrix, counts, heads, seed): return together(names, matrix, min(heads, len(names)))
 
-def _random(names, matrix, counts, heads, seed): return random_heads(names, min(heads, len(names)), seed, counts)
+def _joined(names, matrix, counts, heads, seed):
+    return together(names, matrix, min(heads, len(names)))
 
-ARMS = {"control": (None, {}),
-        "split": (_apart, {}),
-        "split-background": (_apart, {"others": "background"}),
-        "split-source": (_apart, {"others": "background", "reduce": "head", "negatives": "head", "single": "skip"}),
-        "optimal": (_best, {}),
-        "together": (_joined, {}),
-        "random": (_random, {})}
+
+def _random(names, matrix, counts, heads, seed):
+    return random_heads(names, min(heads, len(names)), seed, counts)
+
+
+ARMS = {
+    "control": (None, {}),
+    "split": (_apart, {}),
+    "split-background": (_apart, {"others": "background"}),
+    "split-source": (
+        _apart,
+        {"others": "background", "reduce": "head", "negatives": "head", "single": "skip"},
+    ),
+    "optimal": (_best, {}),
+    "together": (_joined, {}),
+    "random": (_random, {}),
+}
+
 
 def arms(wanted=("split",)):
     """Arms by name, the control first.
@@ -71,34 +99,59 @@ def arms(wanted=("split",)):
     own
     """
     unknown = [a for a in wanted if a not in ARMS]
-    if unknown: raise ValueError(f"--arms: '{unknown[0]}' is none of {', '.join(ARMS)}")
+    if unknown:
+        raise ValueError(f"--arms: '{unknown[0]}' is none of {', '.join(ARMS)}")
     return {a: ARMS[a] for a in dict.fromkeys(("control", *wanted))}
 
 # %% ../nbs/16_study.ipynb #94afcc13
 def _run(cfg, splits, folder, name, quiet):
     "Train a run of the study, go on with it, or leave it as it is when it is finished."
     run = folder / name
-    if read_meta(run / "last").get("epoch", -1) >= cfg.train.epochs: return run
+    if read_meta(run / "last").get("epoch", -1) >= cfg.train.epochs:
+        return run
     fresh = not (run / "heads.yaml").is_file()
     run = train(cfg.override(run=name), splits, None if fresh else run, folder, quiet)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
-    if stopped: raise InterruptedError(f"{stopped}; go on with --resume {folder.name}")
+    if stopped:
+        raise InterruptedError(f"{stopped}; go on with --resume {folder.name}")
     return run
 
-COMPARED = ("delta", "low", "high", "p", "mde", "verdict", "seeds_needed", "seeds_a", "seeds_b", "p_pictures")
+
+COMPARED = (
+    "delta",
+    "low",
+    "high",
+    "p",
+    "mde",
+    "verdict",
+    "seeds_needed",
+    "seeds_a",
+    "seeds_b",
+    "p_pictures",
+)
+
 
 def _answers(model, cfg, data):
     "Detections on a split, COCO figures, and milliseconds a picture."
     (dt, facts), records = predict(model, data, **limits(cfg)), data.records
-    found = evaluate(records.gt, dt, records.names, len(data), ("coco", "voc"), records.inclusive, "pycocotools")
-    return dt, dict(AP50=found["coco"]["AP50"], AP=found["coco"]["AP"], voc=found["voc"]["AP50"], ms=facts["ms"],
-                    params=sum(p.numel() for p in model.parameters()))
+    found = evaluate(
+        records.gt, dt, records.names, len(data), ("coco", "voc"), records.inclusive, "pycocotools"
+    )
+    return dt, dict(
+        AP50=found["coco"]["AP50"],
+        AP=found["coco"]["AP"],
+        voc=found["voc"]["AP50"],
+        ms=facts["ms"],
+        params=sum(p.numel() for p in model.parameters()),
+    )
+
 
 def _confusion(cfg, records, bases, device):
     "What the single heads take for what on dev, all seeds together."
-    dev, conf = dataset(cfg, records), .1
+    dev, conf = dataset(cfg, records), 0.1
     found = [predict(load_run(b)[0].to(device), dev, **limits(cfg, conf=conf))[0] for b in bases]
     return sum(confusion(dev.records.gt, dt, len(records.names), len(dev), conf) for dt in found)
+
 
 def _compare(cfg, data, bases, trained, device, head_of):
     "Figures of the base, and of every arm beside the control; a claim must survive Holm's correction over the arms."
@@ -109,14 +162,34 @@ def _compare(cfg, data, bases, trained, device, head_of):
     control, gt, nc = [dt for dt, _ in found["control"]], val.records.gt, len(val.records.names)
     for arm, answers in found.items():
         sd = float(np.std([a["AP50"] for _, a in answers], ddof=1)) if len(answers) > 1 else None
-        d = dict.fromkeys(COMPARED) if arm == "control" else compare(
-            gt, control, [dt for dt, _ in answers], nc, len(val), seed_sd=SEED_SD, swaps=1000, paired_seeds=True)
+        d = (
+            dict.fromkeys(COMPARED)
+            if arm == "control"
+            else compare(
+                gt,
+                control,
+                [dt for dt, _ in answers],
+                nc,
+                len(val),
+                seed_sd=SEED_SD,
+                swaps=1000,
+                paired_seeds=True,
+            )
+        )
         errors = mean_profile([error_profile(gt, dt, nc, head_of) for dt, _ in answers])["errors"]
-        rows[arm] = dict(name=arm, n=len(answers), **mean(answers), sd=sd, **{k: d[k] for k in COMPARED}, errors=errors)
+        rows[arm] = dict(
+            name=arm,
+            n=len(answers),
+            **mean(answers),
+            sd=sd,
+            **{k: d[k] for k in COMPARED},
+            errors=errors,
+        )
     tested = [r for r in rows.values() if r["p"] is not None]
     for r, p in zip(tested, holm([r["p"] for r in tested])):
         r["p_holm"] = float(p)
-        if p >= .05 and r["verdict"] in ("better", "worse"): r["verdict"] = "undecided"
+        if p >= 0.05 and r["verdict"] in ("better", "worse"):
+            r["verdict"] = "undecided"
     return base, mean(base), rows
 
 # %% ../nbs/16_study.ipynb #0da27fa1
@@ -159,16 +232,24 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
     """
     start, chosen, t = time.time(), arms(wanted), cfg.train
     folder = Path(root) / (t.run or time.strftime("study_%Y%m%d_%H%M%S"))
-    if seeds < 1: raise ValueError(f"--seeds: at least 1, got {seeds}")
+    if seeds < 1:
+        raise ValueError(f"--seeds: at least 1, got {seeds}")
     data = open_data(cfg.data.data, dev=cfg.data.dev)
     missing = [s for s in ("train", "dev", "val") if not len(data.get(s, ()))]
-    if missing: raise ValueError(f"{cfg.data.data}: a study needs train, dev and val; {missing[0]} is missing or empty")
+    if missing:
+        raise ValueError(
+            f"{cfg.data.data}: a study needs train, dev and val; {missing[0]} is missing or empty"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     names, device = data["train"].names, make_accelerator(t.device).device
     all_seeds = range(t.seed, t.seed + seeds)
-    say(f"{folder}: {', '.join(f'{len(v)} {k}' for k, v in data.items())} pictures, {len(names)} classes")
+    say(
+        f"{folder}: {', '.join(f'{len(v)} {k}' for k, v in data.items())} pictures, {len(names)} classes"
+    )
     say(f"1/4 single head, {t.epochs} epochs")
-    bases = [_run(cfg.override(seed=s, heads=None), data, folder, f"base-s{s}", quiet) for s in all_seeds]
+    bases = [
+        _run(cfg.override(seed=s, heads=None), data, folder, f"base-s{s}", quiet) for s in all_seeds
+    ]
     say("2/4 confusion on dev, partition, exact split")
     matrix = _confusion(cfg, data["dev"], bases, device)
     write_confusion(folder / "confusion.csv", matrix, names)
@@ -178,9 +259,13 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
             files[arm] = str(folder / f"heads-{arm}.yaml")
             save_heads(files[arm], make(names, matrix, counts, heads, t.seed))
         say(f"3/4 arm {arm}, {t.extra_epochs} epochs more")
-        same = cfg.override(heads=files.get(arm), transfer="exact", epochs=t.extra_epochs, lr=t.extra_lr, **changes)
-        trained[arm] = [_run(same.override(seed=s, weights=str(b)), data, folder, f"{arm}-s{s}", quiet)
-                        for s, b in zip(all_seeds, bases)]
+        same = cfg.override(
+            heads=files.get(arm), transfer="exact", epochs=t.extra_epochs, lr=t.extra_lr, **changes
+        )
+        trained[arm] = [
+            _run(same.override(seed=s, weights=str(b)), data, folder, f"{arm}-s{s}", quiet)
+            for s, b in zip(all_seeds, bases)
+        ]
     say("4/4 figures on val")
     head_of = load_heads(next(iter(files.values())), names).head_of if files else None
     base, baseline, rows = _compare(cfg, data, bases, trained, device, head_of)
@@ -189,15 +274,19 @@ def study(cfg, seeds=1, wanted=("split",), heads=4, root="runs", quiet=False, sa
         partition = load_heads(next(iter(files.values())), names)
         twin = split_heads(load_run(bases[0])[0].to(device), partition)
         after, figures = _answers(twin, cfg, dataset(cfg, data["val"]))
-        out["split"] = dict(AP50_before=base[0][1]["AP50"], AP50_after=figures["AP50"],
-                            same_detections=bool((detections_apart(base[0][0], after) <= 1).all()))
+        out["split"] = dict(
+            AP50_before=base[0][1]["AP50"],
+            AP50_after=figures["AP50"],
+            same_detections=bool((detections_apart(base[0][0], after) <= 1).all()),
+        )
         out["card"] = card(partition, counts, matrix, confused_pairs(matrix, names, k=len(names)))
     out |= dict(sentence=verdict(out), seconds=time.time() - start)
     write_report(folder, cfg, out)
     return out
 
 # %% ../nbs/16_study.ipynb #07d1aa78
-WEAK = .05                                                     # AP50 of a detector that has hardly learnt anything
+WEAK = 0.05  # AP50 of a detector that has hardly learnt anything
+
 
 def verdict(found):
     """One sentence for a study.
@@ -222,17 +311,27 @@ def verdict(found):
     """
     parts, control = [], next(a for a in found["arms"] if a["name"] == "control")
     for a in found["arms"]:
-        if a is control: continue
-        text = (f"{a['name']} against control: AP50 {a['AP50']:.3f} and {control['AP50']:.3f}, difference "
-                f"{a['delta']:+.3f} [{a['low']:+.3f}, {a['high']:+.3f}], n={a['n']}: {a['verdict']}")
+        if a is control:
+            continue
+        text = (
+            f"{a['name']} against control: AP50 {a['AP50']:.3f} and {control['AP50']:.3f}, difference "
+            f"{a['delta']:+.3f} [{a['low']:+.3f}, {a['high']:+.3f}], n={a['n']}: {a['verdict']}"
+        )
         if a["verdict"] == "undecided":
             need = a["seeds_needed"]
-            text += (f" (about {need} seeds an arm would tell a difference of this size)" if need else
-                     " (no number of seeds would tell a difference of this size: it takes more test pictures)")
+            text += (
+                f" (about {need} seeds an arm would tell a difference of this size)"
+                if need
+                else " (no number of seeds would tell a difference of this size: it takes more test pictures)"
+            )
         parts.append(text)
     text = "; ".join(parts) if parts else f"control alone: AP50 {control['AP50']:.3f}"
     weak = control["AP50"] < WEAK
-    return text + (f". An AP50 below {WEAK} says little: first train longer, or on more pictures." if weak else ".")
+    return text + (
+        f". An AP50 below {WEAK} says little: first train longer, or on more pictures."
+        if weak
+        else "."
+    )
 
 # %% ../nbs/16_study.ipynb #fab73cab
 def study_table(found):
@@ -258,9 +357,25 @@ def study_table(found):
     own
     """
     rows = [dict(name="single head", n=found["arms"][0]["n"], **found["baseline"])]
-    if found["split"]: rows.append(dict(name="split, untrained", n=1, AP50=found["split"]["AP50_after"]))
+    if found["split"]:
+        rows.append(dict(name="split, untrained", n=1, AP50=found["split"]["AP50_after"]))
     table = pd.DataFrame(rows + found["arms"])
-    return table[["name", "n", "AP50", "AP", "voc", "params", "ms", "delta", "low", "high", "p_holm", "verdict"]]
+    return table[
+        [
+            "name",
+            "n",
+            "AP50",
+            "AP",
+            "voc",
+            "params",
+            "ms",
+            "delta",
+            "low",
+            "high",
+            "p_holm",
+            "verdict",
+        ]
+    ]
 
 # %% ../nbs/16_study.ipynb #91256b32
 def plot_study(folder):
@@ -286,22 +401,39 @@ def plot_study(folder):
     """
     folder = Path(folder)
     found = json.loads((folder / "study.json").read_text())
-    base = {p.name.split("-s")[-1]: JsonLog(p / "log.jsonl").rows() for p in sorted(folder.glob("base-s*"))}
+    base = {
+        p.name.split("-s")[-1]: JsonLog(p / "log.jsonl").rows()
+        for p in sorted(folder.glob("base-s*"))
+    }
     seed, rows = next(iter(base.items()))
     end = rows[-1]["epoch"]
-    later = lambda p: rows[-1:] + [r | {"epoch": r["epoch"] + end} for r in JsonLog(p / "log.jsonl").rows()]
-    curves = {"single head": rows} | {a["name"]: later(folder / f"{a['name']}-s{seed}") for a in found["arms"]}
+    later = lambda p: (
+        rows[-1:] + [r | {"epoch": r["epoch"] + end} for r in JsonLog(p / "log.jsonl").rows()]
+    )
+    curves = {"single head": rows} | {
+        a["name"]: later(folder / f"{a['name']}-s{seed}") for a in found["arms"]
+    }
     fig, axes = plt.subplots(1, 4, figsize=(13, 3))
-    for ax in plot_runs(curves, axes=axes): ax.axvline(end, lw=.6, c="grey")
-    fig.suptitle(f"Train solid, dev dashed, seed {seed}; the arms start at the line", fontsize=10, x=.01, ha="left")
+    for ax in plot_runs(curves, axes=axes):
+        ax.axvline(end, lw=0.6, c="grey")
+    fig.suptitle(
+        f"Train solid, dev dashed, seed {seed}; the arms start at the line",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
     out, arms_ = {"curves": fig}, {a["name"]: a for a in found["arms"] if a["name"] != "control"}
     if arms_:
         matrix, names = read_confusion(folder / "confusion.csv")
         fig, ax = plt.subplots(figsize=(5.4, 4.6))
-        plot_confusion(matrix, names, load_heads(folder / f"heads-{next(iter(arms_))}.yaml", names).head_of, ax)
-        ax.set_title(f"What is confused lies outside the heads: {1 - found['card']['inside_confusion']:.0%}")
+        plot_confusion(
+            matrix, names, load_heads(folder / f"heads-{next(iter(arms_))}.yaml", names).head_of, ax
+        )
+        ax.set_title(
+            f"What is confused lies outside the heads: {1 - found['card']['inside_confusion']:.0%}"
+        )
         out["confusion"] = fig
-        ax = plot_diffs(arms_, margin=.005)
+        ax = plot_diffs(arms_, margin=0.005)
         ax.set_title("AP50 against the single head trained on as long", fontsize=10)
         out["differences"] = ax.figure
     ax = plot_profile({a["name"]: a for a in found["arms"]})
@@ -345,9 +477,16 @@ def write_report(folder, cfg, found):
     lines = ["# One head or several?", "", found["sentence"], "", "```", text, "```", ""]
     if found["split"]:
         s = found["split"]
-        lines += [f"Exact split: AP50 {s['AP50_before']:.6f} before, {s['AP50_after']:.6f} after; "
-                  f"same detections: {s['same_detections']}.", ""]
+        lines += [
+            f"Exact split: AP50 {s['AP50_before']:.6f} before, {s['AP50_after']:.6f} after; "
+            f"same detections: {s['same_detections']}.",
+            "",
+        ]
     lines += [f"![{p.stem}](fig/{p.name})" for p in sorted((folder / "fig").glob("*.png"))]
-    lines += ["", f"{cfg.data.data}; {cfg.train.epochs} + {cfg.train.extra_epochs} epochs; {env['device']}, "
-              f"{env['threads']} threads, commit {env['commit']}, {env['date']}; {found['seconds']:.0f} s.", ""]
+    lines += [
+        "",
+        f"{cfg.data.data}; {cfg.train.epochs} + {cfg.train.extra_epochs} epochs; {env['device']}, "
+        f"{env['threads']} threads, commit {env['commit']}, {env['date']}; {found['seconds']:.0f} s.",
+        "",
+    ]
     (folder / "report.md").write_text("\n".join(lines), encoding="utf8")

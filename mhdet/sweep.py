@@ -20,8 +20,10 @@ from .experiment import RESUMABLE, load_runs
 from .learner import noting_signals
 from .store import read_meta, write_atomic
 
-try: import fcntl
-except ImportError: fcntl = None                   # Windows: nobody looks whether two sweeps meet at a row
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: nobody looks whether two sweeps meet at a row
 
 # %% ../nbs/15b_sweep.ipynb #e2068fbd
 class _File(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -31,16 +33,27 @@ class _File(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     rows: dict[str, dict[str, Any]] = {}
     seeds: tuple[int, ...] = (0,)
 
+
 def _short(value):
     "A value, or a file's name, as part of a name."
-    return re.sub(r"[^\w.]+", "-", Path(value).stem if isinstance(value, str) else str(value)).strip("-")
+    return re.sub(
+        r"[^\w.]+", "-", Path(value).stem if isinstance(value, str) else str(value)
+    ).strip("-")
 
-def _key(k): return k.split(".")[-1]
+
+def _key(k):
+    return k.split(".")[-1]
+
 
 def _choices(sources):
     "What is chosen somewhere in the sources, by name; later over earlier, checked."
     flat = load_cfg(*sources).flat()
-    return {_key(k): flat[_key(k)] for s in sources for k in (s if isinstance(s, dict) else read_yaml(s))}
+    return {
+        _key(k): flat[_key(k)]
+        for s in sources
+        for k in (s if isinstance(s, dict) else read_yaml(s))
+    }
+
 
 def sweep_rows(file, root="runs", changes=None):
     """The runs a sweep file asks for.
@@ -72,22 +85,44 @@ def sweep_rows(file, root="runs", changes=None):
     own
     """
     file, changes = Path(file), changes or {}
-    try: spec = msgspec.convert(read_yaml(file), _File)
-    except msgspec.ValidationError as e: raise ValueError(f"{file}: {e}") from None
+    try:
+        spec = msgspec.convert(read_yaml(file), _File)
+    except msgspec.ValidationError as e:
+        raise ValueError(f"{file}: {e}") from None
     own = {_key(k) for part in (spec.grid, *spec.rows.values()) for k in part}
     if odd := {"run", "seed"} & (own | {*map(_key, (*spec.base, *changes))}):
-        raise ValueError(f"{file}: '{min(odd)}' is no choice here; runs are named after their rows, `seeds` is a list")
-    if odd := own & {*map(_key, changes)}: raise ValueError(f"{file}: '{min(odd)}' differs between the rows")
-    where, out, grid = Path(root) / file.stem.removeprefix("sweep-"), {}, itertools.product(*spec.grid.values())
-    for (title, extra), values, seed in itertools.product(spec.rows.items() or [("", {})], grid, spec.seeds):
+        raise ValueError(
+            f"{file}: '{min(odd)}' is no choice here; runs are named after their rows, `seeds` is a list"
+        )
+    if odd := own & {*map(_key, changes)}:
+        raise ValueError(f"{file}: '{min(odd)}' differs between the rows")
+    where, out, grid = (
+        Path(root) / file.stem.removeprefix("sweep-"),
+        {},
+        itertools.product(*spec.grid.values()),
+    )
+    for (title, extra), values, seed in itertools.product(
+        spec.rows.items() or [("", {})], grid, spec.seeds
+    ):
         picked = dict(zip(spec.grid, values))
         parts = [_short(title), *(f"{_key(k)}-{_short(v)}" for k, v in picked.items()), f"s{seed}"]
         name = "_".join(p for p in parts if p)
-        if name in out: raise ValueError(f"{file}: two rows would be named {name}")
-        parts = [*(file.parent / c for c in spec.config), spec.base, extra, picked, dict(seed=seed), changes]
-        try: choices = _choices(parts)
+        if name in out:
+            raise ValueError(f"{file}: two rows would be named {name}")
+        parts = [
+            *(file.parent / c for c in spec.config),
+            spec.base,
+            extra,
+            picked,
+            dict(seed=seed),
+            changes,
+        ]
+        try:
+            choices = _choices(parts)
         except (KeyError, ValueError) as e:
-            raise ValueError(f"{file}: row {name}: {e.args[0].removeprefix('command line: ')}") from None
+            raise ValueError(
+                f"{file}: row {name}: {e.args[0].removeprefix('command line: ')}"
+            ) from None
         out[name] = dict(name=name, folder=where / name, seed=seed, choices=choices)
     return list(out.values())
 
@@ -98,9 +133,15 @@ def _ended(row):
     env = folder / "env.json"
     why = json.loads(env.read_text()).get("stopped") if env.is_file() else None
     by_itself = why and why not in ("SIGINT", "SIGTERM", "max_hours", "failed")
-    return bool(by_itself or read_meta(folder / "last").get("epoch", -1) >= load_cfg(row["choices"]).train.epochs)
+    return bool(
+        by_itself
+        or read_meta(folder / "last").get("epoch", -1) >= load_cfg(row["choices"]).train.epochs
+    )
 
-def _word(key, value): return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+def _word(key, value):
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
 
 def sweep_command(row):
     """The words of `mhdet` that begin a row, or go on with it.
@@ -125,24 +166,36 @@ def sweep_command(row):
     own
     """
     folder, choices = row["folder"], row["choices"]
-    name = (folder.relative_to("runs") if folder.is_relative_to("runs") else folder.resolve()).as_posix()
-    if not read_meta(folder / "last"): return ["train", f"run={name}", *(_word(k, v) for k, v in choices.items())]
+    name = (
+        folder.relative_to("runs") if folder.is_relative_to("runs") else folder.resolve()
+    ).as_posix()
+    if not read_meta(folder / "last"):
+        return ["train", f"run={name}", *(_word(k, v) for k, v in choices.items())]
     was, due = load_cfg(folder / "config.yaml").flat(), load_cfg(choices).flat()
     if odd := [k for k in due if k not in ("run", *RESUMABLE) and was[k] != due[k]]:
-        raise ValueError(f"{folder}: was begun with {odd[0]}={was[odd[0]]}, the sweep says {due[odd[0]]}")
-    if _ended(row): return None
+        raise ValueError(
+            f"{folder}: was begun with {odd[0]}={was[odd[0]]}, the sweep says {due[odd[0]]}"
+        )
+    if _ended(row):
+        return None
     return ["train", "--resume", name, *(_word(k, due[k]) for k in RESUMABLE)]
 
 # %% ../nbs/15b_sweep.ipynb #ec857e06
 FAILED = "ended with code"
 
-def _output(row): return row["folder"].with_name(f"{row['name']}.out")
+
+def _output(row):
+    return row["folder"].with_name(f"{row['name']}.out")
+
 
 def _failure(row):
     "What a row that failed said last; None if it did not."
     out = _output(row)
-    lines = out.read_text(encoding="utf8", errors="replace").split("\n")[-3:-1] if out.is_file() else []
+    lines = (
+        out.read_text(encoding="utf8", errors="replace").split("\n")[-3:-1] if out.is_file() else []
+    )
     return lines[0] if lines and lines[-1].startswith(FAILED) else None
+
 
 def sweep_table(rows):
     """What the rows of a sweep have come to.
@@ -176,45 +229,73 @@ def sweep_table(rows):
         run, env = found.get(row["name"], {}), row["folder"] / "env.json"
         facts = json.loads(env.read_text()) if env.is_file() else {}
         state = run.get("state", "waiting")
-        if run and _ended(row): state = "finished"
-        elif _failure(row) is not None: state = "failed"
-        elif state == "finished": state = "stopped"                                            # more epochs are due now
-        table.append(dict(name=row["name"]) | {k: row["choices"].get(k) for k in differ}
-                     | dict(seed=row["seed"], state=state) | {k: run.get(k) for k in ("epoch", "AP50", "best")}
-                     | {k: facts.get(k) for k in ("commit", "device", "date")})
+        if run and _ended(row):
+            state = "finished"
+        elif _failure(row) is not None:
+            state = "failed"
+        elif state == "finished":
+            state = "stopped"  # more epochs are due now
+        table.append(
+            dict(name=row["name"])
+            | {k: row["choices"].get(k) for k in differ}
+            | dict(seed=row["seed"], state=state)
+            | {k: run.get(k) for k in ("epoch", "AP50", "best")}
+            | {k: facts.get(k) for k in ("commit", "device", "date")}
+        )
     return pd.DataFrame(table)
 
 # %% ../nbs/15b_sweep.ipynb #0df3d281
 def _share(slot, jobs):
     "The environment of one of several processes side by side."
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpu = {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]} if jobs > 1 and gpus else {}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+        map(str, range(torch.cuda.device_count()))
+    )
+    gpu = (
+        {"CUDA_VISIBLE_DEVICES": gpus.split(",")[slot % len(gpus.split(","))]}
+        if jobs > 1 and gpus
+        else {}
+    )
     return os.environ | gpu | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
 
 # %% ../nbs/15b_sweep.ipynb #dfced4bf
 def _held(file):
     "Whether the lock of an open file is now ours."
-    try: return not fcntl or fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
-    except BlockingIOError: return False
+    try:
+        return not fcntl or fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+    except BlockingIOError:
+        return False
+
 
 def _train_row(row, env, children, asked):
     "Begin a row or go on with it, wait for it, and note its end; one that somebody else trains is left to him."
     with _output(row).open("a", encoding="utf8") as out:
-        if asked or not _held(out) or not (words := sweep_command(row)): return
-        if "--resume" not in words: shutil.rmtree(row["folder"], ignore_errors=True)   # killed before its first state
+        if asked or not _held(out) or not (words := sweep_command(row)):
+            return
+        if "--resume" not in words:
+            shutil.rmtree(row["folder"], ignore_errors=True)  # killed before its first state
         command = [sys.executable, "-m", "mhdet", *words]
-        children.append(child := subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True))
-        if (code := child.wait()) not in (0, 130, 143, -15): print(f"{FAILED} {code}", file=out)
+        children.append(
+            child := subprocess.Popen(
+                command, stdout=out, stderr=out, env=env, start_new_session=True
+            )
+        )
+        if (code := child.wait()) not in (0, 130, 143, -15):
+            print(f"{FAILED} {code}", file=out)
+
 
 def _line(found, failure):
     ap = f", AP50 {found['best']:.3f}" if pd.notna(found["best"]) else ""
-    return f"{found['name']}: {found['state']}" + (f", {failure}" if failure else f", epoch {found['epoch']:.0f}{ap}")
+    return f"{found['name']}: {found['state']}" + (
+        f", {failure}" if failure else f", epoch {found['epoch']:.0f}{ap}"
+    )
+
 
 def _collect(rows):
     "Write the table of a sweep, one process at a time."
     where = rows[0]["folder"].parent
     with (where / "sweep.lock").open("w") as lock:
-        if fcntl: fcntl.flock(lock, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         table = sweep_table(rows)
         write_atomic(where / "sweep.csv", table.to_csv(index=False).encode())
     return table.set_index("name", drop=False)
@@ -251,25 +332,41 @@ def sweep(file, root="runs", jobs=1, row=None, changes=None, say=print):
     flock(2).
     """
     rows = sweep_rows(file, root, changes)
-    if jobs < 1: raise ValueError(f"jobs={jobs}: 1 or more is due")
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: 1 or more is due")
     if row is not None and not 0 <= row < len(rows):
         raise ValueError(f"{file}: no row {row}; there are 0..{len(rows) - 1}")
     todo = [r for r in (rows if row is None else [rows[row]]) if sweep_command(r)]
     rows[0]["folder"].parent.mkdir(parents=True, exist_ok=True)
-    jobs, table, asked, children, slots = min(jobs, max(1, len(todo))), _collect(rows), [], [], queue.SimpleQueue()
-    for slot in range(jobs): slots.put(slot)
+    jobs, table, asked, children, slots = (
+        min(jobs, max(1, len(todo))),
+        _collect(rows),
+        [],
+        [],
+        queue.SimpleQueue(),
+    )
+    for slot in range(jobs):
+        slots.put(slot)
+
     def work(r):
         slot = slots.get()
-        try: _train_row(r, _share(slot, jobs), children, asked)
-        finally: slots.put(slot)
+        try:
+            _train_row(r, _share(slot, jobs), children, asked)
+        finally:
+            slots.put(slot)
+
     with noting_signals(asked), ThreadPoolExecutor(jobs) as pool:
         pending = {pool.submit(work, r): r for r in todo}
         while pending:
-            done, _ = wait(pending, .2, FIRST_COMPLETED)
-            while asked and children: children.pop().terminate()
-            if done: table = _collect(rows)
+            done, _ = wait(pending, 0.2, FIRST_COMPLETED)
+            while asked and children:
+                children.pop().terminate()
+            if done:
+                table = _collect(rows)
             for f in done:
                 r, _ = pending.pop(f), f.result()
-                if not asked or r["folder"].is_dir(): say(_line(table.loc[r["name"]], _failure(r)))
-    if asked: raise InterruptedError(f"{asked[0]}; what was trained is saved, the same command goes on")
+                if not asked or r["folder"].is_dir():
+                    say(_line(table.loc[r["name"]], _failure(r)))
+    if asked:
+        raise InterruptedError(f"{asked[0]}; what was trained is saved, the same command goes on")
     return table.reset_index(drop=True)

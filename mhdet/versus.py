@@ -14,13 +14,33 @@ import numpy as np
 import pandas as pd
 
 from .core import theme
-from .errors import (SEED_SD, compare, error_profile, mean_profile, plot_diffs, plot_profile, profile_table,
-                          seeds_needed)
+from mhdet.errors import (
+    SEED_SD,
+    compare,
+    error_profile,
+    mean_profile,
+    plot_diffs,
+    plot_profile,
+    profile_table,
+    seeds_needed,
+)
 from .metrics import confusion
 from .results import read_gt, read_results
 
 # %% ../nbs/05c_versus.ipynb #2a2c1ba7
-def versus(gt, a, b, margin=.005, seed_sd=None, paired_seeds=False, n=2000, swaps=1000, seed=0, head_of=None, conf=.25):
+def versus(
+    gt,
+    a,
+    b,
+    margin=0.005,
+    seed_sd=None,
+    paired_seeds=False,
+    n=2000,
+    swaps=1000,
+    seed=0,
+    head_of=None,
+    conf=0.25,
+):
     """Two methods compared from COCO files, one training or several each.
 
     Parameters
@@ -58,23 +78,52 @@ def versus(gt, a, b, margin=.005, seed_sd=None, paired_seeds=False, n=2000, swap
     """
     names, truth, ids, cats = read_gt(gt)
     nc, pictures = len(names), len(ids)
-    if truth["crowd"].all(): raise ValueError(f"{gt}: no annotations, so there is nothing to be found")
+    if truth["crowd"].all():
+        raise ValueError(f"{gt}: no annotations, so there is nothing to be found")
     sides = [[read_results(f, ids, cats) for f in side] for side in (a, b)]
-    judged = {m: compare(truth, *sides, nc, pictures, margin, seed_sd, swaps, n=n, seed=seed, metric=m,
-                         paired_seeds=paired_seeds) for m in ("AP50", "AP")}
+    judged = {
+        m: compare(
+            truth,
+            *sides,
+            nc,
+            pictures,
+            margin,
+            seed_sd,
+            swaps,
+            n=n,
+            seed=seed,
+            metric=m,
+            paired_seeds=paired_seeds,
+        )
+        for m in ("AP50", "AP")
+    }
     spans = {m: d.pop("per_class") for m, d in judged.items()}
     found = judged["AP50"]
-    profiles = [mean_profile([error_profile(truth, dt, nc, head_of) for dt in side]) for side in sides]
-    matrices = [np.mean([confusion(truth, dt, nc, pictures, conf) for dt in side], 0) for side in sides]
+    profiles = [
+        mean_profile([error_profile(truth, dt, nc, head_of) for dt in side]) for side in sides
+    ]
+    matrices = [
+        np.mean([confusion(truth, dt, nc, pictures, conf) for dt in side], 0) for side in sides
+    ]
     assumed = None if found["sd_seeds"] is not None else SEED_SD
     need = seeds_needed(found["delta"], found["sd_pictures"], assumed or found["sd_seeds"])
-    out = found | dict(AP=judged["AP"], names=names, pictures=pictures, margin=margin, assumed_sd=assumed,
-                       more_seeds=None if need is None else max(0, need - min(len(a), len(b))),
-                       errors=dict(zip("ab", profiles)), confusion=dict(zip("ab", matrices)),
-                       files={k: [str(f) for f in side] for k, side in (("a", a), ("b", b))})
-    known = lambda row: dict(zip(("delta", "low", "high"), (None if x != x else x for x in row.tolist())))
+    out = found | dict(
+        AP=judged["AP"],
+        names=names,
+        pictures=pictures,
+        margin=margin,
+        assumed_sd=assumed,
+        more_seeds=None if need is None else max(0, need - min(len(a), len(b))),
+        errors=dict(zip("ab", profiles)),
+        confusion=dict(zip("ab", matrices)),
+        files={k: [str(f) for f in side] for k, side in (("a", a), ("b", b))},
+    )
+    known = lambda row: dict(
+        zip(("delta", "low", "high"), (None if x != x else x for x in row.tolist()))
+    )
     out["per_class"] = {k: {m: known(spans[m][c]) for m in spans} for c, k in enumerate(names)}
     return out | dict(sentence=_sentence(out))
+
 
 def versus_table(found):
     """AP50 and AP of a comparison, a row each.
@@ -98,20 +147,36 @@ def versus_table(found):
     own
     """
     keys = "a b delta low high sd_pictures sd_seeds mde p p_pictures verdict".split()
-    return pd.DataFrame([dict(metric=m) | {k: d[k] for k in keys} for m, d in (("AP50", found), ("AP", found["AP"]))])
+    return pd.DataFrame(
+        [
+            dict(metric=m) | {k: d[k] for k in keys}
+            for m, d in (("AP50", found), ("AP", found["AP"]))
+        ]
+    )
+
 
 def _sentence(d):
     "The verdict in words."
-    text = (f"b against a: AP50 {d['b']:.3f} and {d['a']:.3f}, difference {d['delta']:+.3f} [{d['low']:+.3f}, "
-            f"{d['high']:+.3f}], trainings {d['seeds_a']} and {d['seeds_b']}: {d['verdict']}")
-    if d["verdict"] == "equivalent": text += f" (within {d['margin']:g})"
+    text = (
+        f"b against a: AP50 {d['b']:.3f} and {d['a']:.3f}, difference {d['delta']:+.3f} [{d['low']:+.3f}, "
+        f"{d['high']:+.3f}], trainings {d['seeds_a']} and {d['seeds_b']}: {d['verdict']}"
+    )
+    if d["verdict"] == "equivalent":
+        text += f" (within {d['margin']:g})"
     if d["verdict"] == "undecided":
         more = d["more_seeds"]
-        seeds = ("more pictures, not more trainings," if more is None else f"{more} more trainings a side" if more else
-                 "an experiment of this size")
+        seeds = (
+            "more pictures, not more trainings,"
+            if more is None
+            else f"{more} more trainings a side"
+            if more
+            else "an experiment of this size"
+        )
         text += f"; {seeds} would tell a true difference of the size seen in four cases of five"
-        if d["assumed_sd"]: text += f" if seeds scatter by {d['assumed_sd']:g}"
-    if d["sd_seeds"] is None: text += "; with one training a side that is about these files, not about two methods"
+        if d["assumed_sd"]:
+            text += f" if seeds scatter by {d['assumed_sd']:g}"
+    if d["sd_seeds"] is None:
+        text += "; with one training a side that is about these files, not about two methods"
     return text + "."
 
 # %% ../nbs/05c_versus.ipynb #fccdbf2f
@@ -141,34 +206,61 @@ def plot_change(before, after, names, head_of=None, ax=None):
     """
     ax = ax or plt.subplots(figsize=(4.8, 4.2))[1]
     share = lambda m: np.asarray(m, float) / np.maximum(np.sum(m, 1, keepdims=True), 1)
-    order = [*(range(len(names)) if head_of is None else np.argsort(head_of, kind="stable")), len(names)]
-    change, labels = (share(after) - share(before))[np.ix_(order, order)], [[*names, "background"][i] for i in order]
+    order = [
+        *(range(len(names)) if head_of is None else np.argsort(head_of, kind="stable")),
+        len(names),
+    ]
+    change, labels = (
+        (share(after) - share(before))[np.ix_(order, order)],
+        [[*names, "background"][i] for i in order],
+    )
     most = max(abs(change).max(), 1e-9)
     im = ax.imshow(change, cmap="PuOr", vmin=-most, vmax=most)
-    ax.set(xticks=range(len(order)), yticks=range(len(order)), yticklabels=labels, xlabel="prediction", ylabel="truth")
+    ax.set(
+        xticks=range(len(order)),
+        yticks=range(len(order)),
+        yticklabels=labels,
+        xlabel="prediction",
+        ylabel="truth",
+    )
     ax.set_xticklabels(labels, rotation=90)
     ax.tick_params(labelsize=8 if len(names) <= 20 else 5)
-    ax.figure.colorbar(im, ax=ax, label="share of the row, b less a", shrink=.8)
+    ax.figure.colorbar(im, ax=ax, label="share of the row, b less a", shrink=0.8)
     return ax
+
 
 def _figures(found, head_of):
     "The report's figures by name."
     both = {m: found if m == "AP50" else found[m] for m in ("AP50", "AP")}
     classes = {k: v["AP50"] for k, v in found["per_class"].items() if v["AP50"]["low"] is not None}
-    axes = dict(differences=plot_diffs(both, found["margin"], metric="AP50 and of AP"),
-                errors=plot_profile(found["errors"]),
-                classes=plot_diffs(dict(sorted(classes.items(), key=lambda kv: -kv[1]["delta"]))),
-                confusion=plot_change(*found["confusion"].values(), found["names"], head_of))
-    titles = (f"b: {found['verdict']}", "What repairing each kind of mistake would bring",
-              "AP50 by class, b less a (intervals one by one, not for all together)", "Orange: b does less of it")
-    for ax, title in zip(axes.values(), titles): ax.set_title(title)
+    axes = dict(
+        differences=plot_diffs(both, found["margin"], metric="AP50 and of AP"),
+        errors=plot_profile(found["errors"]),
+        classes=plot_diffs(dict(sorted(classes.items(), key=lambda kv: -kv[1]["delta"]))),
+        confusion=plot_change(*found["confusion"].values(), found["names"], head_of),
+    )
+    titles = (
+        f"b: {found['verdict']}",
+        "What repairing each kind of mistake would bring",
+        "AP50 by class, b less a (intervals one by one, not for all together)",
+        "Orange: b does less of it",
+    )
+    for ax, title in zip(axes.values(), titles):
+        ax.set_title(title)
     return {k: ax.figure for k, ax in axes.items()}
 
 # %% ../nbs/05c_versus.ipynb #bdd75dde
 def _markdown(table):
-    show = lambda v: v if isinstance(v, str) else "–" if pd.isna(v) else f"{v:.4f}".rstrip("0").rstrip(".")
-    lines = [table.columns, ["---"] * table.shape[1], *(map(show, row) for row in table.itertuples(index=False))]
+    show = lambda v: (
+        v if isinstance(v, str) else "–" if pd.isna(v) else f"{v:.4f}".rstrip("0").rstrip(".")
+    )
+    lines = [
+        table.columns,
+        ["---"] * table.shape[1],
+        *(map(show, row) for row in table.itertuples(index=False)),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 def write_versus(folder, found, head_of=None):
     """`report.md`, `compare.json`, `classes.csv` and `fig/` of a comparison.
@@ -202,16 +294,36 @@ def write_versus(folder, found, head_of=None):
     for name, fig in _figures(found, head_of).items():
         fig.savefig(folder / f"fig/{name}.png")
         plt.close(fig)
-    flat = {k: {f"{m}_{what}": x for m, d in v.items() for what, x in d.items()} for k, v in found["per_class"].items()}
+    flat = {
+        k: {f"{m}_{what}": x for m, d in v.items() for what, x in d.items()}
+        for k, v in found["per_class"].items()
+    }
     pd.DataFrame(flat).T.rename_axis("name").to_csv(folder / "classes.csv", float_format="%.4f")
-    plain = found | dict(confusion={k: np.asarray(v).tolist() for k, v in found["confusion"].items()})
+    plain = found | dict(
+        confusion={k: np.asarray(v).tolist() for k, v in found["confusion"].items()}
+    )
     (folder / "compare.json").write_text(json.dumps(plain, indent=1), encoding="utf8")
-    (folder / "report.md").write_text("\n\n".join([
-        "# a against b", found["sentence"], *(f"{side}: {', '.join(files)}" for side, files in found["files"].items()),
-        f"{found['pictures']:,} pictures. The interval (low, high) is of 95 %, over pictures and seeds, and so is p; "
-        "p_pictures exchanges answers and holds the trainings fixed; mde is found in four cases of five.",
-        _markdown(versus_table(found)), "![differences](fig/differences.png)",
-        "## Mistakes", "n: how many a training; dAP: AP50 gained if they were repaired.",
-        _markdown(profile_table(found["errors"])), "![errors](fig/errors.png)",
-        "## Classes", "![classes](fig/classes.png)", "## Confusion", "![confusion](fig/confusion.png)", ""]), "utf8")
+    (folder / "report.md").write_text(
+        "\n\n".join(
+            [
+                "# a against b",
+                found["sentence"],
+                *(f"{side}: {', '.join(files)}" for side, files in found["files"].items()),
+                f"{found['pictures']:,} pictures. The interval (low, high) is of 95 %, over pictures and seeds, and so is p; "
+                "p_pictures exchanges answers and holds the trainings fixed; mde is found in four cases of five.",
+                _markdown(versus_table(found)),
+                "![differences](fig/differences.png)",
+                "## Mistakes",
+                "n: how many a training; dAP: AP50 gained if they were repaired.",
+                _markdown(profile_table(found["errors"])),
+                "![errors](fig/errors.png)",
+                "## Classes",
+                "![classes](fig/classes.png)",
+                "## Confusion",
+                "![confusion](fig/confusion.png)",
+                "",
+            ]
+        ),
+        "utf8",
+    )
     return folder / "report.md"

@@ -23,25 +23,39 @@ class Progress(Callback):
 
     `show` are keys of the log row for that line. Never waits for the device. Raises nothing. Source: own, on tqdm.
     """
-    def __init__(self, show=("train/loss",)): self.show, self.bar = show, None
+
+    def __init__(self, show=("train/loss",)):
+        self.show, self.bar = show, None
 
     def before_epoch(self, learner):
-        if self.bar: self.bar.close()                                           # an epoch that was left and begun again
+        if self.bar:
+            self.bar.close()  # an epoch that was left and begun again
         notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
-        quiet = not learner.accelerator.is_main_process or ("TQDM_DISABLE" in os.environ if notebook else None)
-        self.bar = tqdm(total=learner.n_batches, initial=learner.batch, disable=quiet, leave=False,
-                        file=sys.stdout if notebook else None, desc=f"epoch {learner.epoch + 1}/{learner.epochs}")
+        quiet = not learner.accelerator.is_main_process or (
+            "TQDM_DISABLE" in os.environ if notebook else None
+        )
+        self.bar = tqdm(
+            total=learner.n_batches,
+            initial=learner.batch,
+            disable=quiet,
+            leave=False,
+            file=sys.stdout if notebook else None,
+            desc=f"epoch {learner.epoch + 1}/{learner.epochs}",
+        )
 
-    def after_batch(self, learner): self.bar.update()
+    def after_batch(self, learner):
+        self.bar.update()
 
     def after_epoch(self, learner):
-        seen = not self.bar.disable                                            # a closed bar says it is disabled
+        seen = not self.bar.disable  # a closed bar says it is disabled
         self.bar.close()
         facts = [f"{k} {learner.row[k]:.4g}" for k in self.show if k in learner.row]
-        if seen: tqdm.write(f"epoch {learner.epoch}/{learner.epochs}  " + "  ".join(facts))
+        if seen:
+            tqdm.write(f"epoch {learner.epoch}/{learner.epochs}  " + "  ".join(facts))
 
     def after_fit(self, learner):
-        if self.bar: self.bar.close()
+        if self.bar:
+            self.bar.close()
 
 # %% ../nbs/13b_watch.ipynb #742696ce
 class LivePlot(Callback):
@@ -51,9 +65,12 @@ class LivePlot(Callback):
     seen, in a notebook `display(None, display_id=True).update`. To be put behind the `Recorder`. Raises what the two
     raise. Source: own.
     """
-    def __init__(self, draw, show): self.draw, self.show, self.rows = draw, show, []
 
-    def before_fit(self, learner): self.rows = []
+    def __init__(self, draw, show):
+        self.draw, self.show, self.rows = draw, show, []
+
+    def before_fit(self, learner):
+        self.rows = []
 
     def after_epoch(self, learner):
         self.rows.append(learner.row)
@@ -69,15 +86,26 @@ class Track(Callback):
     into `run/track`; `config` is a flat dict, kept as text. To be put behind the `Recorder`. `ValueError`: another
     kind, or its package is not installed. Source: Hugging Face accelerate, tracking.
     """
+
     def __init__(self, kind, run, config):
-        able = dict(tensorboard=is_tensorboard_available, wandb=is_wandb_available, mlflow=is_mlflow_available)
-        if kind not in able: raise ValueError(f"track={kind}: allowed are {', '.join(able)}")
-        if not able[kind](): raise ValueError(f"track={kind}: not installed; pip install {kind}")
+        able = dict(
+            tensorboard=is_tensorboard_available,
+            wandb=is_wandb_available,
+            mlflow=is_mlflow_available,
+        )
+        if kind not in able:
+            raise ValueError(f"track={kind}: allowed are {', '.join(able)}")
+        if not able[kind]():
+            raise ValueError(f"track={kind}: not installed; pip install {kind}")
         self.kind, self.run, self.config, self.tracker = kind, Path(run), config, None
 
     def before_fit(self, learner):
         folder = self.run / "track"
-        place = {"tensorboard": dict(logging_dir=folder), "wandb": dict(dir=folder), "mlflow": dict(logging_dir=folder)}
+        place = {
+            "tensorboard": dict(logging_dir=folder),
+            "wandb": dict(dir=folder),
+            "mlflow": dict(logging_dir=folder),
+        }
         folder.mkdir(exist_ok=True)
         self.tracker = LOGGER_TYPE_TO_CLASS[self.kind](self.run.name, **place[self.kind])
         self.tracker.start()
@@ -87,4 +115,5 @@ class Track(Callback):
         numbers = {k: v for k, v in learner.row.items() if isinstance(v, (int, float))}
         self.tracker.log(numbers, step=learner.epoch)
 
-    def after_fit(self, learner): self.tracker.finish()
+    def after_fit(self, learner):
+        self.tracker.finish()
