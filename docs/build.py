@@ -62,7 +62,7 @@ def outputs(*notebooks):
         tidy_widgets(nb, path.stem)
         nbformat.write(nb, path)
         nbdev_clean(str(path))
-        print(f"{path.name}: {time.time() - start:.1f} s", flush=True)
+        print(f"{path.parent.name}/{path.name}: {time.time() - start:.1f} s", flush=True)
 
 
 def readme():

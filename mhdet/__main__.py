@@ -1,3 +1,3 @@
-from mhdet.cli import app
+from mhdet.cli.commands import app
 
 app()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from mhdet.augment import HeadAware, affine, compose, cutmix, hflip, hsv, mixup, noise, pad, random_erase, random_matrix
-from mhdet.core import DataCfg
-from mhdet.data import DetDataset, toy_dataset
+from mhdet.data.augment import HeadAware, affine, compose, cutmix, hflip, hsv, mixup, noise, pad, random_erase, random_matrix
+from mhdet.core.config import DataConfig
+from mhdet.data.dataset import DetDataset
+from mhdet.data.toy import toy_dataset
 
 quick = settings(max_examples=30, deadline=None)
 seeds, share = st.integers(0, 2 ** 32 - 1), st.floats(0, 1)
@@ -20,7 +21,7 @@ CFG = st.fixed_dictionaries(
     {k: share for k in "mosaic mixup cutmix erase fliplr flipud blur random_ratio".split()}
     | dict(degrees=st.floats(0, 180), shear=st.floats(0, 20), translate=st.floats(0, .5), scale=st.floats(0, .9),
            perspective=st.floats(0, .45), hsv_h=st.floats(0, .5), hsv_s=share, hsv_v=share, noise=st.floats(0, .5),
-           pad=st.floats(0, 1))).map(lambda d: DataCfg(**d))
+           pad=st.floats(0, 1))).map(lambda d: DataConfig(**d))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -154,8 +155,8 @@ def test_the_weights_of_a_mixture_make_one(seed):
 @quick
 @given(st.integers(0, 12), st.integers(1, 12), st.integers(0, 12), seeds)
 def test_the_last_epochs_are_single(close, epochs, epoch, seed):
-    cfg = DataCfg(mosaic=1., mixup=1., close_mosaic=close)
-    due = compose(DataCfg(mosaic=0., mixup=0.) if epoch >= epochs - close else DataCfg(mosaic=1., mixup=1.))
+    cfg = DataConfig(mosaic=1., mixup=1., close_mosaic=close)
+    due = compose(DataConfig(mosaic=0., mixup=0.) if epoch >= epochs - close else DataConfig(mosaic=1., mixup=1.))
     assert all(map(torch.equal, compose(cfg, epochs=epochs)(DS, 3, rng(seed), epoch=epoch), due(DS, 3, rng(seed))))
 
 
@@ -164,7 +165,7 @@ def heads(tmp_path):
     def write(*rows):
         path = tmp_path / "heads.yaml"
         path.write_text("\n".join(f"head_{h}: {row}" for h, row in enumerate(rows)))
-        return DataCfg(head_aware=str(path))
+        return DataConfig(head_aware=str(path))
     return write
 
 
@@ -211,5 +212,5 @@ def test_a_bad_table_is_refused_in_one_line(heads, row, words):
     (dict(perspective=.5), "perspective must be in [0, 0.5)"), (dict(pad=math.nan), "pad must be in"),
     (dict(close_mosaic=-1), "close_mosaic must be in"), (dict(head_aware="x.yaml"), "which class is in which head")])
 def test_a_bad_config_is_refused(change, words):
-    with pytest.raises(ValueError) as e: compose(DataCfg(**change))
+    with pytest.raises(ValueError) as e: compose(DataConfig(**change))
     assert words in str(e.value)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from mhdet.assign import match_anchors
-from mhdet.boxes import to_cxcywh
-from mhdet.check import check, draw_pictures, draw_weights
-from mhdet.heads import Detector, as_rows, decode, load_foreign, to_foreign
-from mhdet.loss import RoutedLoss
-from mhdet.partition import Head, Partition
+from mhdet.model.assign import match_anchors
+from mhdet.data.boxes import to_cxcywh
+from mhdet.tools.conformance import check, draw_images, draw_weights
+from mhdet.model.detector import Detector, decode
+from mhdet.model.multihead import per_anchor
+from mhdet.model.weights import load_foreign, to_foreign
+from mhdet.model.loss import RoutedLoss
+from mhdet.partition.heads import Head, Partition
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared/fixtures"
 needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="../shared/fixtures is absent")
@@ -26,7 +28,7 @@ def write(folder, name, spec, **arrays):
 
 def parts(raw, partition):
     "Rows of each head of a raw map, (B, A, H, W, 5 + nc of the head), as numpy."
-    rows, nh = as_rows(raw).detach().numpy(), partition.nh
+    rows, nh = per_anchor(raw).detach().numpy(), partition.nh
     return [rows[..., [*range(5 * h, 5 * h + 5), *(5 * nh + c for c in head.classes)]]
             for h, head in enumerate(partition.heads)]
 
@@ -40,7 +42,7 @@ def named(classes, weights=None):
 def answers(raws, model):
     "Decoded rows, heads one after the other."
     head, boxes = model.head, decode(raws, model.head)[0]
-    rows = torch.cat([as_rows(r).flatten(1, 3) for r in raws], 1).sigmoid()
+    rows = torch.cat([per_anchor(r).flatten(1, 3) for r in raws], 1).sigmoid()
     out = torch.zeros(len(rows), head.nh, rows.shape[1], 5 + head.nc)
     for h in range(head.nh):
         mine = head.partition.heads[h].classes
@@ -53,7 +55,7 @@ def answers(raws, model):
 def write_tiny(folder, nc=3, seed=41, size=64):
     one = named([list(range(nc))])
     state = draw_weights(to_foreign(Detector.make(one, implicit=True)), seed)
-    model, images = load_foreign(state, one), draw_pictures(2, size, seed + 1)
+    model, images = load_foreign(state, one), draw_images(2, size, seed + 1)
     with torch.no_grad(): raws = model(images.float() / 255)
     sums = {k: state[k].double().sum().item() for k in ("model.0.conv.weight", "model.77.m.1.weight")}
     spec = dict(tiny_forward=dict(weight_seed=seed, image_seed=seed + 1, n_tensors=len(state), checksum=sums))
@@ -66,7 +68,7 @@ def write_multi(folder, classes, seed=51, rule_nc=7):
     trunk = draw_weights(to_foreign(Detector.make(named([list(range(rule_nc))]), implicit=True)), seed)
     state = draw_weights(to_foreign(Detector.make(many), fused=False), seed + 1, only="model.77.")
     state |= {k: v for k, v in trunk.items() if not k.startswith("model.77.")}
-    model, images = load_foreign(state, many), draw_pictures(1, 96, seed + 2)
+    model, images = load_foreign(state, many), draw_images(1, 96, seed + 2)
     with torch.no_grad(): raws = model(images.float() / 255)
     spec = dict(trunk_weight_seed=seed, head_weight_seed=seed + 1, image_seed=seed + 2, config="own", classes=classes,
                 trunk_rule_nc=rule_nc)

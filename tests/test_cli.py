@@ -15,10 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mhdet import check, cli
-from mhdet.cli import app
-from mhdet.core import JsonLog, read_yaml
-from mhdet.data import open_data
-from mhdet.partition import load_heads
+from mhdet.cli.grammar import app
+from mhdet.core.runs import JsonLog
+from mhdet.core.files import read_yaml
+from mhdet.data.splits import open_data
+from mhdet.partition.heads import load_heads
 from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,11 +182,11 @@ def test_two_methods_from_files(here):
     truth = "--gt data/annotations/instances_val.json"
     for seed in range(3): results(f"old{seed}.json", .6, .3, seed), results(f"new{seed}.json", .8, .1, 10 + seed)
     old, new = (" ".join(f"{k}{seed}.json" for seed in range(3)) for k in ("old", "new"))
-    found = mhdet_json(f"compare {truth} --a {old} --b {new} --out versus --fail-if worse")
+    found = mhdet_json(f"compare {truth} --a {old} --b {new} --out compare --fail-if worse")
     assert (found["verdict"], found["seeds_a"], found["seeds_b"]) == ("better", 3, 3) and found["low"] > 0
     assert {"delta", "low", "high", "p", "p_pictures", "mde", "AP", "per_class", "errors", "confusion"} <= set(found)
-    report = Path("versus/report.md").read_text()
-    assert found["sentence"] in report and all(Path("versus", f.split(")")[0]).is_file() for f in report.split("](")[1:])
+    report = Path("compare/report.md").read_text()
+    assert found["sentence"] in report and all(Path("compare", f.split(")")[0]).is_file() for f in report.split("](")[1:])
     code, out, _ = mhdet(f"compare {truth} --a {new} --b={old.split()[0]} --fail-if worse --replicates 200 --swaps 0")
     assert code == 1 and "worse" in out
     same = mhdet_json(f"compare {truth} --a old0.json --b old0.json --replicates 200 --swaps 0")

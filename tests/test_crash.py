@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from mhdet import experiment
-from mhdet.core import JsonLog, load_cfg, set_seed
-from mhdet.data import open_data
-from mhdet.learner import Callback, Learner
-from mhdet.policy import EMA, Checkpoint, Recorder, Schedule, sgd
-from mhdet.store import load, read_meta, resume_state
+from mhdet.core.runs import JsonLog, set_seed
+from mhdet.core.config import load_config
+from mhdet.data.splits import open_data
+from mhdet.training.learner import Callback, Learner
+from mhdet.training.callbacks import EMA, Checkpoint, Recorder, Schedule, sgd
+from mhdet.training.checkpoint import load, read_meta, resume_state
 from processes import LIMIT, until
 
 EPOCHS, BATCHES = 4, 12
@@ -139,7 +140,7 @@ if __name__ == "__main__": sys.exit(main(Path(sys.argv[1]), float(sys.argv[2]), 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loss_that_is_no_number_costs_an_epoch(tmp_path, monkeypatch, workers):
     "NaN in training of epoch 3 and in validation of epoch 5: both epochs are begun again with the next seed."
-    cfg = load_cfg("data=toy:80", "imgsz=64", "epochs=6", "batch=16", "nominal_batch=16", "width=0.125", "precision=fp32",
+    cfg = load_config("data=toy:80", "imgsz=64", "epochs=6", "batch=16", "nominal_batch=16", "width=0.125", "precision=fp32",
                    f"workers={workers}", "seed=3", "restart_seeds=[11, 12]", "run=flow")
     made, seen = experiment.make_loss, dict(train=0, val=0)
 

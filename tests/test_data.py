@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mhdet.augment import affine, compose, hflip, random_matrix
-from mhdet.boxes import to_xyxy, unletterbox
-from mhdet.core import DataCfg
-from mhdet.data import (ClassMap, DetDataset, Records, census, check_pictures, loader, open_data, read_coco, resize_copy,
-                        toy_dataset)
+from mhdet.data.augment import affine, compose, hflip, random_matrix
+from mhdet.data.boxes import to_xyxy, unletterbox
+from mhdet.core.config import DataConfig
+from mhdet.data.readers import ClassMap, Records, read_coco
+from mhdet.data.dataset import DetDataset, loader
+from mhdet.data.splits import census, check_images, open_data, resize_copy
+from mhdet.data.toy import toy_dataset
 from processes import LIMIT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +68,7 @@ def test_more_than_one_in_twenty_is_an_error(tmp_path, broken):
     root, _ = coco(tmp_path)
     break_pictures(root, **broken)
     with pytest.raises(ValueError, match="train: 3 of 40 pictures are missing or unreadable"):
-        check_pictures(open_data(root, dev=0)["train"])
+        check_images(open_data(root, dev=0)["train"])
     with pytest.raises(ValueError, match="3 of 40"): DetDataset(open_data(root, dev=0)["train"], 32)
 
 
@@ -74,7 +76,7 @@ def test_a_jpeg_cut_anywhere_is_found(tmp_path):
     root, _ = coco(tmp_path, n=60)
     for k, f in enumerate(sorted((root / "images/train").iterdir())[:3]):
         f.write_bytes(f.read_bytes()[:(20, 500, -200)[k]])
-    assert len(check_pictures(read_coco(root / "annotations/instances_train.json"))) == 57
+    assert len(check_images(read_coco(root / "annotations/instances_train.json"))) == 57
 
 
 def test_wrong_annotations_are_counted_by_kind(tmp_path):
@@ -94,7 +96,7 @@ def test_ids_without_file_and_files_of_another_size(tmp_path):
     data["images"] += [dict(id=77, file_name="gone.jpg", width=9, height=9)]
     data["images"][3] |= dict(width=50)
     data["annotations"] += [dict(id=77, image_id=77, category_id=5, bbox=[1, 1, 5, 5])]
-    records = check_pictures(open_data(write(root, data), dev=0)["train"])
+    records = check_images(open_data(write(root, data), dev=0)["train"])
     assert len(records) == 40 and len(records.gt["label"]) == 40 and records.sizes[3].tolist() == [64, 48]
     assert {k: len(v) for k, v in records.problems.items()} == {
         "picture without file": 1, "annotation of a lost picture": 1, "size is not the annotation's": 1}
@@ -154,7 +156,7 @@ def test_warped_boxes_stay_inside_and_contain_their_middle(seed, degrees, shear,
 
 @pytest.mark.timeout(200)
 def test_workers_and_restarts_change_no_augmented_sample():
-    ds = DetDataset(toy_dataset(64, size=64), 64, augment=compose(DataCfg(degrees=5., flipud=.3, mixup=.3)), seed=3)
+    ds = DetDataset(toy_dataset(64, size=64), 64, augment=compose(DataConfig(degrees=5., flipud=.3, mixup=.3)), seed=3)
     def batches(workers, start=0):
         out = loader(ds, 16, workers)
         out.batch_sampler.set_epoch(2, start)
@@ -170,7 +172,7 @@ def test_workers_and_restarts_change_no_augmented_sample():
 def test_squares_on_disk_make_the_same_batches_and_stay_as_they_are(tmp_path):
     made = {}
     for cache in ("ram", "disk", "none"):
-        augment = compose(DataCfg(mosaic=.5, degrees=5., flipud=.3, mixup=.3))
+        augment = compose(DataConfig(mosaic=.5, degrees=5., flipud=.3, mixup=.3))
         ds = DetDataset(toy_dataset(32, size=64), 64, augment, cache=cache, seed=3, cache_dir=tmp_path / "squares")
         before = np.array(ds.squares)
         made[cache] = [*loader(ds, 8, workers=2), *loader(ds, 8)]
@@ -203,7 +205,7 @@ def test_a_resized_copy_holds_the_same_boxes(tmp_path):
     scale = np.tile(copy.sizes / val.sizes, 2)[val.gt["image"]]
     assert np.abs(copy.gt["box"] - val.gt["box"] * scale).max() < .011
     assert (copy.gt["ignore"] == val.gt["ignore"]).all() and copy.names == val.names and copy.ids == val.ids
-    assert max(copy.sizes.max(1)) == 160 and copy.picture(0).shape[:2] == tuple(copy.sizes[0][::-1])
+    assert max(copy.sizes.max(1)) == 160 and copy.image(0).shape[:2] == tuple(copy.sizes[0][::-1])
 
 
 @shared

@@ -16,10 +16,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mhdet.core import Cfg, JsonLog, load_cfg, read_yaml
-from mhdet.data import VOC, open_data, read_coco, read_voc, read_yolo
-from mhdet.partition import STANDARD, load_heads, read_counts, read_groups, read_pairs, standard
-from mhdet.results import read_confusion, read_gt, read_results
+from mhdet.core.config import Config, load_config
+from mhdet.core.runs import JsonLog
+from mhdet.core.files import read_yaml
+from mhdet.data.readers import VOC, read_coco, read_voc, read_yolo
+from mhdet.data.splits import open_data
+from mhdet.partition.strategies import STANDARD, read_groups, standard
+from mhdet.partition.heads import load_heads
+from mhdet.partition.evidence import read_counts, read_pairs
+from mhdet.evaluation.confusion import read_confusion
+from mhdet.evaluation.results import read_gt, read_results
 
 N, W, H = 40, 64, 48                                  # pictures, their size
 NAMES = ["cat", "dog", "cow"]
@@ -468,11 +474,11 @@ def finite(v): return all(map(finite, v.values() if isinstance(v, dict) else v))
 
 def test_configs(base):
     root, file = base / "files", base / "files/config.yaml"
-    clean = dict(Cfg().flat(), epochs=10, stages=[dict(epochs=4, freeze="trunk"), dict(epochs=6, lr=.01)], lr_parts=[1., [.5, 3]],
+    clean = dict(Config().flat(), epochs=10, stages=[dict(epochs=4, freeze="trunk"), dict(epochs=6, lr=.01)], lr_parts=[1., [.5, 3]],
                  multi_scale=[96, 160])
     def spoil(draw):
         file.write_bytes(spoilt(draw, clean, as_yaml))
-        out = judged(lambda: load_cfg(file), root)
+        out = judged(lambda: load_config(file), root)
         if out:
             flat = out.flat()
             assert finite(flat)
@@ -484,14 +490,14 @@ def test_configs(base):
 def test_words(base):
     "`key=value` of the command line."
     def spoil(draw):
-        word = one_of(draw, sorted(Cfg().flat())) + "=" + draw(st.sampled_from(TOKENS + [str(v) for v in STRANGE if v != "\ud800"]))
+        word = one_of(draw, sorted(Config().flat())) + "=" + draw(st.sampled_from(TOKENS + [str(v) for v in STRANGE if v != "\ud800"]))
         if draw(st.integers(0, 3)) == 0: word = spoil_bytes(draw, word.encode()).decode("latin1")
-        try: out = load_cfg(word)
+        try: out = load_config(word)
         except FileNotFoundError: return None                                       # no = was left
         except (ValueError, KeyError) as e:
             assert not isinstance(e, UnicodeError) and "\n" not in e.args[0]
             return None
-        assert finite(out.flat()) and len([k for k, v in out.flat().items() if v != Cfg().flat()[k]]) <= 1
+        assert finite(out.flat()) and len([k for k, v in out.flat().items() if v != Config().flat()[k]]) <= 1
         return out
     many(80, spoil)
 

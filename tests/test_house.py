@@ -216,7 +216,7 @@ BREACHES = [
     (asserted, "#| export\ndef half(x): return x / 2", "half is in no assertion"),
 ]
 CHAPTER_BREACHES = [
-    (upward, planted("#| export\nfrom mhdet.core import load_cfg", number=0), "imports core (00)"),
+    (upward, planted("#| export\nfrom mhdet.core import load_config", number=0), "imports core (00)"),
     (upward, planted("#| export\nfrom mhdet.boxes import nms", number=12), "the hinge"),
     (ceilings, planted(*["#| export\nx = 1"] * 251), "exported lines 251 > 250"),
     (ceilings, planted(*["x = 1"] * 71), "cells 71 > 70"),

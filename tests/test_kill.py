@@ -24,9 +24,9 @@ WORDS = ("data=toy:160 imgsz=64 width=0.125 batch=8 nominal_batch=16 epochs=4 sa
 
 def main(root, workers, moment, pause):
     "Train or go on; die by SIGKILL at the given disk operation, if it comes to that."
-    from mhdet.core import load_cfg
-    from mhdet.experiment import train
-    from mhdet.learner import Callback
+    from mhdet.core.config import load_config
+    from mhdet.experiment.run import train
+    from mhdet.training.learner import Callback
     torch.set_num_threads(1)
     done = 0
 
@@ -42,7 +42,7 @@ def main(root, workers, moment, pause):
         def before_batch(self, learner): time.sleep(pause)
 
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-    train(load_cfg(*WORDS, f"workers={workers}"), resume="run" if (root / "run").exists() else None, root=root, quiet=True, more=[Slow()])
+    train(load_config(*WORDS, f"workers={workers}"), resume="run" if (root / "run").exists() else None, root=root, quiet=True, more=[Slow()])
 
 
 def start(root, workers, moment=0, pause=0.):
@@ -52,8 +52,8 @@ def start(root, workers, moment=0, pause=0.):
 
 def bits(root):
     "What a run ended with: weights, average, momentum and the numbers of its log."
-    from mhdet.core import JsonLog
-    from mhdet.store import flatten, load
+    from mhdet.core.runs import JsonLog
+    from mhdet.training.checkpoint import flatten, load
     tree = load(root / "run/last")[0]
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "eval_seconds", "pictures_per_s", "busy")} for r in JsonLog(root / "run/log.jsonl").rows()]
     kept = {k: v for k, v in flatten({k: tree[k] for k in ("model", "ema", "optimizer", "position")})[0].items()}
@@ -68,7 +68,7 @@ def same(a, b):
 
 
 def steps(root):
-    from mhdet.store import read_meta
+    from mhdet.training.checkpoint import read_meta
     return read_meta(root / "run/last").get("steps", 0)
 
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mhdet.assign import match_anchors
-from mhdet.heads import ANCHORS, STRIDES, as_rows
-from mhdet.loss import RoutedLoss, naive_loss
-from mhdet.partition import Head, Partition
+from mhdet.model.assign import match_anchors
+from mhdet.model.multihead import ANCHORS, STRIDES, per_anchor
+from mhdet.model.loss import RoutedLoss, naive_loss
+from mhdet.partition.heads import Head, Partition
 
 ROUTES = dict(reduce=st.sampled_from(["trunk", "head"]), others=st.sampled_from(["background", "ignore"]),
               negatives=st.sampled_from(["all", "head"]), single=st.sampled_from(["train", "skip"]))
@@ -116,7 +116,7 @@ def test_ignored_objects_leave_other_heads_alone(seed):
         _, grads = value_and_grads(RoutedLoss(part, reduce=reduce, others="ignore", negatives="head"), raws, targets)
         for g, at in zip(grads, places):
             others = [*range(5, 15), *(15 + c for h in part.heads[1:] for c in h.classes)]
-            assert (as_rows(g)[at][:, others] == 0).all()
+            assert (per_anchor(g)[at][:, others] == 0).all()
 
 
 @pytest.mark.parametrize("nh", [1, 3])
@@ -134,7 +134,7 @@ def test_no_targets_pays_objectness_only():
     out, grads = value_and_grads(RoutedLoss(partition(2)), raws, torch.zeros(0, 6))
     assert out["box"] == out["cls"] == 0 and out["obj"] > 0
     for g in grads:
-        rows = as_rows(g)
+        rows = per_anchor(g)
         assert (rows[..., 4:15:5] > 0).all() and (rows[..., 15:] == 0).all()
 
 

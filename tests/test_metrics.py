@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from mhdet.calibration import reliability
-from mhdet.errors import compare, error_profile, paired_diff, permutation_test, weighted_ap
-from mhdet.metrics import (ENGINES, IOUS, _coco_side, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, confusion,
-                           evaluate, match_dets, pr_curve)
-from mhdet.results import read_gt, read_results, write_results
+from mhdet.evaluation.calibration import reliability
+from mhdet.evaluation.statistics import compare_ap, paired_diff, permutation_test, weighted_ap
+from mhdet.evaluation.errors import error_profile
+from mhdet.evaluation.metrics import ENGINES, IOUS, _coco_side, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, evaluate, match_dets, pr_curve
+from mhdet.evaluation.confusion import confusion
+from mhdet.evaluation.results import read_gt, read_results, write_results
 
 NC = 3
 
@@ -321,7 +322,7 @@ def test_interval_with_seeds():
 
 def test_verdicts():
     gt, (a, b, c) = world(1, (.5, .7, .5))
-    assert compare(gt, a, b, 4, 100, n=300)["verdict"] == "better"
-    assert compare(gt, b, a, 4, 100, n=300)["verdict"] == "worse"
-    assert compare(gt, a, a, 4, 100, n=300)["verdict"] == "equivalent"
-    assert compare(gt, a, c, 4, 100, n=300, margin=.001)["verdict"] == "undecided"
+    assert compare_ap(gt, a, b, 4, 100, n=300)["verdict"] == "better"
+    assert compare_ap(gt, b, a, 4, 100, n=300)["verdict"] == "worse"
+    assert compare_ap(gt, a, a, 4, 100, n=300)["verdict"] == "equivalent"
+    assert compare_ap(gt, a, c, 4, 100, n=300, margin=.001)["verdict"] == "undecided"

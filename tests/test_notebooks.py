@@ -11,7 +11,7 @@ matplotlib.use("agg")
 cfg = get_config()
 NBS = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
        if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts]
-NEEDS = dict.fromkeys(["20_export", "20b_bench"], ("onnx", "onnxruntime"))
+NEEDS = dict.fromkeys(["00_onnx", "02_benchmark"], ("onnx", "onnxruntime"))
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def clean_process(monkeypatch):
     matplotlib.rcParams.update(rc)
 
 
-@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.relative_to(cfg.nbs_path).with_suffix("").as_posix())
 def test_notebook(nb, capfd):
     for package in NEEDS.get(nb.stem, ()): pytest.importorskip(package, reason=f"{package} is not installed")
     ok, _ = run_nb(nb.absolute(), skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)

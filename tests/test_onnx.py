@@ -11,16 +11,20 @@ import torch
 from typer.testing import CliRunner
 
 from mhdet import export
-from mhdet.check import draw_weights
-from mhdet.cli import app
-from mhdet.core import load_cfg
-from mhdet.data import DetDataset, open_data
-from mhdet.experiment import load_run, predict, train
-from mhdet.export import SHARE, _opened, onnx_facts, run_onnx, to_onnx
-from mhdet.heads import Detections, Detector, decode, detect, load_foreign, split_heads, to_foreign
-from mhdet.learner import to_unit
-from mhdet.partition import Partition, random_heads
-from mhdet.results import detections_apart
+from mhdet.tools.conformance import draw_weights
+from mhdet.cli.grammar import app
+from mhdet.core.config import load_config
+from mhdet.data.dataset import DetDataset
+from mhdet.data.splits import open_data
+from mhdet.experiment.run import load_run, predict, train
+from mhdet.tools.onnx import SHARE, _opened, onnx_facts, run_onnx, to_onnx
+from mhdet.model.detector import Detections, Detector, decode, detect
+from mhdet.model.weights import load_foreign, to_foreign
+from mhdet.model.surgery import split_heads
+from mhdet.training.learner import to_unit
+from mhdet.partition.heads import Partition
+from mhdet.partition.strategies import random_heads
+from mhdet.evaluation.results import detections_apart
 
 pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -98,7 +102,7 @@ def test_every_answer_has_its_like_on_real_pictures(tmp_path):
     if not VOC.is_dir(): pytest.skip("../shared/data is absent")
     splits = open_data(VOC, dev=0)
     splits = dict(train=splits["train"].subset(range(120)), val=splits["val"].subset(range(50)))
-    cfg = load_cfg("imgsz=64", "width=0.125", "epochs=6", "batch=16", "nominal_batch=16", "mosaic=0", "workers=0", "precision=fp32")
+    cfg = load_config("imgsz=64", "width=0.125", "epochs=6", "batch=16", "nominal_batch=16", "mosaic=0", "workers=0", "precision=fp32")
     run = train(cfg.override(run="voc"), splits, root=tmp_path, quiet=True)
     model, data, val = load_run(run)[0], DetDataset(splits["val"], 64), splits["val"]
     for m in (model, split_heads(model, random_heads(val.names, 4, 0))):

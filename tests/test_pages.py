@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from mhdet.cli import _spread, app
-from mhdet.core import load_cfg
+from mhdet.cli.grammar import _spread, app
+from mhdet.core.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("nbs/*.md"))]
@@ -43,9 +43,9 @@ def check(words):
     if name == "lab": return                                                     # the words are JupyterLab's
     with COMMANDS[name].make_context(name, rest) as ctx: given = ctx.params
     for word in given["words"] or ():
-        if "=" in word: load_cfg(word)
+        if "=" in word: load_config(word)
     for key in given.keys() & {"seed", "device"}:
-        if given[key]: load_cfg({key: given[key]})
+        if given[key]: load_config({key: given[key]})
 
 
 TEXTS = {page: page.read_text(encoding="utf8") for page in PAGES}

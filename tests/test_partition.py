@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhdet.deal import Task, cliques, search, swap_changes, swapped
-from mhdet.partition import (Head, Partition, Stats, anti_confusion, balanced, card, confused_pairs, confusability, hybrid,
-                             load_heads, optimal, random_heads, save_heads, together)
+from mhdet.partition.solver import Task, cliques, search, swap_changes, swapped
+from mhdet.partition.heads import Head, Partition, balanced, card, load_heads, save_heads
+from mhdet.partition.evidence import Stats, confused_pairs, confusability
+from mhdet.partition.strategies import anti_confusion, hybrid, random_heads, together
+from mhdet.partition.optimal import optimal
 
 NAMES = list("abcdef")
 

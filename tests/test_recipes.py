@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mhdet.cli import app
-from mhdet.core import Stage, load_cfg
-from mhdet.data import open_data
+from mhdet.cli.grammar import app
+from mhdet.core.config import Stage, load_config
+from mhdet.data.splits import open_data
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 TINY = dict(width=1, imgsz=320, batch=64, nominal_batch=64, epochs=100, lr=.01, lrf=.01, momentum=.937, weight_decay=5e-4,
@@ -34,7 +34,7 @@ def test_every_recipe_has_its_numbers_here():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name):
-    flat = load_cfg(DATA / "hyp-tiny.yaml", DATA / f"hyp-{name}.yaml").flat()
+    flat = load_config(DATA / "hyp-tiny.yaml", DATA / f"hyp-{name}.yaml").flat()
     assert {k: flat[k] for k in TINY | RECIPES[name]} == TINY | RECIPES[name]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mhdet.core import JsonLog
-from mhdet.store import load, read_meta
+from mhdet.core.runs import JsonLog
+from mhdet.training.checkpoint import load, read_meta
 from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,9 +19,9 @@ WORDS = "data=toy:200 imgsz=64 width=0.125 batch=16 nominal_batch=16 precision=f
 
 def main(root, *words):
     import torch
-    from mhdet.core import load_cfg
-    from mhdet.experiment import train
-    from mhdet.learner import Callback
+    from mhdet.core.config import load_config
+    from mhdet.experiment.run import train
+    from mhdet.training.learner import Callback
     torch.set_num_threads(1)
 
     class Note(Callback):
@@ -45,8 +45,8 @@ def main(root, *words):
             if learner.accelerator.is_main_process: (root / f"{self.run}.json").write_text(json.dumps(self.rows))
 
     for part in " ".join(words).split(" + "):                            # several runs, one after the other
-        cfg = load_cfg(*WORDS, *part.split())
-        name = cfg.train.run
+        cfg = load_config(*WORDS, *part.split())
+        name = cfg.training.run
         train(cfg, resume=name if (root / name).exists() else None, root=root, quiet=True, more=[Note(name)])
 
 

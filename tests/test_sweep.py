@@ -13,9 +13,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from mhdet.cli import app
-from mhdet.core import JsonLog
-from mhdet.sweep import sweep_command, sweep_rows
+from mhdet.cli.grammar import app
+from mhdet.core.runs import JsonLog
+from mhdet.experiment.sweep import sweep_command, sweep_rows
 from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]

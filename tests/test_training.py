@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mhdet import experiment
-from mhdet.core import load_cfg
-from mhdet.data import open_data
-from mhdet.learner import Callback, StopFit
-from mhdet.store import flatten, load
+from mhdet.core.config import load_config
+from mhdet.data.splits import open_data
+from mhdet.training.learner import Callback, StopFit
+from mhdet.training.checkpoint import flatten, load
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "data=toy:64 imgsz=64 width=0.125 batch=8 nominal_batch=8 workers=0 precision=fp32 device=cpu".split()
@@ -45,7 +45,7 @@ class Stop(Callback):
         if (learner.epoch, learner.batch) == self.place: raise StopFit("stopped by a test")
 
 
-def train(root, toys, name, *words, more=(), **kw): return experiment.train(load_cfg(*SMALL, f"run={name}", *words), toys, root=root, quiet=True, more=more, **kw)
+def train(root, toys, name, *words, more=(), **kw): return experiment.train(load_config(*SMALL, f"run={name}", *words), toys, root=root, quiet=True, more=more, **kw)
 
 
 def bits(run): return flatten({k: v for k, v in load(run / "last")[0].items() if k in ("model", "ema", "optimizer", "position")})
@@ -63,7 +63,7 @@ def test_every_stage_of_the_ladder_keeps_what_is_frozen(tmp_path, toys):
             moved = {k for k in before if k.startswith(f"{name}.") and not torch.equal(before[k], after[k])}
             assert bool(moved) == (n >= stage["freeze"]), (stage, n, moved)
             if moved: assert {k.split(".")[-1] for k in moved} >= {"weight", "running_mean", "running_var", "num_batches_tracked"}
-    start = experiment.build(load_cfg(*SMALL, f"weights={run}@2"), toys["train"].names)              # a later stage begun from a kept epoch
+    start = experiment.build(load_config(*SMALL, f"weights={run}@2"), toys["train"].names)              # a later stage begun from a kept epoch
     kept = load(run / "epoch_002")[0]["model"]
     assert all(torch.equal(v, kept[k]) for k, v in start.state_dict().items())
 

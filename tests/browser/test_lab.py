@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import pytest
 
 from mhdet import cli
-from mhdet.data import TOY_CLASSES
-from mhdet.partition import load_heads
+from mhdet.data.toy import TOY_CLASSES
+from mhdet.partition.heads import load_heads
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
@@ -94,7 +94,7 @@ def boards(lab, browser):
     page.close()
 
 
-def picture(board, k=0): return board.locator("img.widget-image").nth(k)
+def image(board, k=0): return board.locator("img.widget-image").nth(k)
 def choose(board, name, option): board.locator(".widget-dropdown", has_text=name).first.locator("select").select_option(label=option)
 
 
