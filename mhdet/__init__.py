@@ -1,1 +1,41 @@
+"""One backbone, several class-specialised heads: split a trained detector by class and measure whether it helps."""
+
 __version__ = "0.1.0"
+
+# Public name -> the module it comes from. Nothing is imported before it is used (PEP 562): `mhdet --help` and
+# `import mhdet` stay far below half a second, although torch alone takes several.
+_HOME = {
+    "load_config": "core.config",
+    "open_data": "data.splits",
+    "evaluate": "evaluation.metrics",
+    "confusion": "evaluation.confusion",
+    "error_profile": "evaluation.errors",
+    "compare": "evaluation.compare",
+    "Partition": "partition.heads",
+    "load_heads": "partition.heads",
+    "save_heads": "partition.heads",
+    "anti_confusion": "partition.strategies",
+    "optimal": "partition.optimal",
+    "MultiHead": "model.multihead",
+    "Detector": "model.detector",
+    "split_heads": "model.surgery",
+    "RoutedLoss": "model.loss",
+    "load_run": "experiment.run",
+    "train": "experiment.run",
+    "study": "experiment.study",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'mhdet' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"mhdet.{_HOME[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_HOME})
