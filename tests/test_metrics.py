@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from mhdet.evaluation.calibration import reliability
-from mhdet.evaluation.statistics import compare_ap, paired_diff, permutation_test, weighted_ap
+from mhdet.evaluation.statistics import compare_ap, holm, paired_diff, permutation_test, plot_diffs, weighted_ap
 from mhdet.evaluation.errors import error_profile
 from mhdet.evaluation.metrics import ENGINES, IOUS, _coco_side, ap_area, ap_coco, ap_per_class, ap_source, ap_voc07, evaluate, match_dets, pr_curve
 from mhdet.evaluation.confusion import confusion
@@ -223,7 +223,7 @@ def test_error_profile_is_tides(seed, monkeypatch):
     ap, gains, counts = tide(gt, dt)
     # its 101 points are k / 100, COCO's a linspace: recalls such as 7/25 fall to either side
     grid = [k / 100 for k in range(101)]
-    monkeypatch.setattr("mhdet.errors.ap_coco", lambda r, p: ap_area(np.searchsorted(grid, r, side="right") / 101, p))
+    monkeypatch.setattr("mhdet.evaluation.errors.ap_coco", lambda r, p: ap_area(np.searchsorted(grid, r, side="right") / 101, p))
     ours = error_profile(gt, dt, NC, head_of=[0, 1, 0])
     assert ours["AP50"] == pytest.approx(ap, abs=1e-9)
     found = ours["errors"]
@@ -326,3 +326,15 @@ def test_verdicts():
     assert compare_ap(gt, b, a, 4, 100, n=300)["verdict"] == "worse"
     assert compare_ap(gt, a, a, 4, 100, n=300)["verdict"] == "equivalent"
     assert compare_ap(gt, a, c, 4, 100, n=300, margin=.001)["verdict"] == "undecided"
+
+
+def test_the_forest_plot_draws_the_verdict_it_is_given():
+    "Three arms whose intervals leave zero out; after Holm's correction only one claim is left, in table and figure."
+    arms = {f"arm {k}": dict(delta=.02, low=.001, high=.039, p=p, verdict="better") for k, p in enumerate((.01, .04, .03))}
+    for arm, p in zip(arms.values(), holm([arm["p"] for arm in arms.values()]), strict=True):
+        if p > .05: arm["verdict"] = "undecided"
+    assert [arm["verdict"] for arm in arms.values()] == ["better", "undecided", "undecided"]
+    ax = plot_diffs(arms)
+    assert [text.get_text() for text in ax.texts] == [arm["verdict"] for arm in arms.values()]
+    raw = plot_diffs({name: {k: v for k, v in arm.items() if k != "verdict"} for name, arm in arms.items()})
+    assert [text.get_text() for text in raw.texts] == ["better"] * 3        # without one, the interval decides
