@@ -1,4 +1,5 @@
 """Every chapter and study runs, cell by cell, in this process; cells flagged slow or cuda are left out."""
+
 import os
 
 import matplotlib
@@ -9,8 +10,11 @@ from nbdev.test import test_nb as run_nb
 
 matplotlib.use("agg")
 cfg = get_config()
-NBS = [p for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
-       if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts]
+NBS = [
+    p
+    for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
+    if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts
+]
 NEEDS = dict.fromkeys(["00_onnx", "02_benchmark"], ("onnx", "onnxruntime"))
 
 
@@ -25,8 +29,11 @@ def clean_process(monkeypatch):
     matplotlib.rcParams.update(rc)
 
 
-@pytest.mark.parametrize("nb", NBS, ids=lambda p: p.relative_to(cfg.nbs_path).with_suffix("").as_posix())
+@pytest.mark.parametrize(
+    "nb", NBS, ids=lambda p: p.relative_to(cfg.nbs_path).with_suffix("").as_posix()
+)
 def test_notebook(nb, capfd):
-    for package in NEEDS.get(nb.stem, ()): pytest.importorskip(package, reason=f"{package} is not installed")
+    for package in NEEDS.get(nb.stem, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     ok, _ = run_nb(nb.absolute(), skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
     assert ok, capfd.readouterr().err
