@@ -1,4 +1,7 @@
-"""Every chapter and study runs, cell by cell, in this process; cells flagged slow or cuda are left out."""
+"""Every chapter and study runs, cell by cell, in this process.
+
+Cells flagged slow or cuda are left out.
+"""
 
 import os
 
@@ -10,17 +13,19 @@ from nbdev.test import test_nb as run_nb
 
 matplotlib.use("agg")
 cfg = get_config()
-NBS = [
-    p
-    for p in sorted(cfg.nbs_path.rglob("*.ipynb"))
-    if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts
-]
+NBS = []
+for path in sorted(cfg.nbs_path.rglob("*.ipynb")):
+    if not path.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in path.parts:
+        NBS.append(path)
 NEEDS = dict.fromkeys(["00_onnx", "02_benchmark"], ("onnx", "onnxruntime"))
 
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch):
-    "nbdev leaves IN_TEST behind, under which a later export does nothing; accelerate keeps its first precision."
+    """nbdev leaves IN_TEST behind, under which a later export does nothing.
+
+    accelerate keeps its first precision, and matplotlib its settings.
+    """
     rc = matplotlib.rcParams.copy()
     yield
     os.environ.pop("IN_TEST", None)
