@@ -172,6 +172,10 @@ def chapter(nb, page, files):
             cells.append(c)
             continue
         flags = set(re.findall(r"^#\|\s*(\w+)", c.source, re.M))
+        if "hide_input" in flags and all("text/markdown" in o.get("data", {}) for o in c.outputs):
+            text = "\n".join(o.data["text/markdown"] for o in c.outputs)
+            cells.append(nbformat.v4.new_markdown_cell(relink(text, page, files), id=c.id))
+            continue
         names = ", ".join(definitions(c.source)) if "export" in flags else ""
         c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
         if flags & {"hide", "default_exp"} or not c.source.strip():
@@ -257,7 +261,7 @@ def modules_page(modules):
     names = []
     for name in mhdet.__all__:
         home = mhdet._HOME[name]
-        names.append([f"[mhdet.{name}]({home}.md#mhdet.{home}.{name})", f"`mhdet.{home}`"])
+        names.append([f"{{py:obj}}`{name} <mhdet.{home}.{name}>`", f"[mhdet.{home}]({home}.md)"])
     rows = [[f"[{module}]({module}.md)", question] for module, question, _ in modules]
     toc = ["```{toctree}", ":hidden:", "", *(module for module, *_ in modules), "```"]
     return "\n".join(
