@@ -121,7 +121,7 @@ BAD = {
     "eval --gt G --dt class.json": "class.json: 1 of 100 entries have an unknown category_id",
     "errors --gt G --dt a.json nan.json": "nan.json: 1 of 100 entries have a score that is not a finite number",
     "confuse --gt G --dt negative.json": "negative.json: 1 of 100 entries have a box that is not finite or of negative size",
-    "compare --gt G --a a.json --b dict.json": "dict.json: a list of detections is due at the top, got dict",
+    "compare --gt G --a a.json --b dict.json": "dict.json: expected a list of detections, got dict",
     "compare --gt bare.json --a a.json --b a.json": "bare.json: no annotations, so there is nothing to be found",
     "compare --gt G --a a.json": "Missing option '--b'",
     "compare --gt G --a a.json --b a.json a.json --paired": "seeds in pairs, but 1 and 2 of them",
@@ -145,7 +145,7 @@ BAD = {
     "split base --heads two.yaml --out base": "runs/base: exists already",
     "plot absent": "absent: no run there",
     "detect base absent.jpg": "absent.jpg: no such picture",
-    "detect base empty.jpg": "1 of 1 pictures are missing or unreadable",
+    "detect base empty.jpg": "1 of 1 images are missing or unreadable",
     "study --arms all": "'all' is none of control, split",
     "study --resume": "no study there to go on with",
     "check --fixtures absent": "absent",
@@ -255,13 +255,13 @@ def test_problems_below_five_percent_are_counted_listed_and_skipped(here):
     write(data, "train", spec)
     found = mhdet_json("data broken")["splits"]["train"]
     assert (found["images"], found["boxes"]) == (97, 97)
-    assert found["problems"] == {"unreadable picture": 2, "picture without file": 1, "box not finite": 1, "box without area": 1,
-                                 "unknown category": 1, "annotation of an unknown picture": 1, "annotation of a lost picture": 1}
-    assert len(found["listed"]["unreadable picture"]) == 2 and str(empty) in " ".join(found["listed"]["unreadable picture"])
-    assert "train: picture without file: 1\n  " in mhdet("data broken")[1]
+    assert found["problems"] == {"unreadable image": 2, "image without file": 1, "box not finite": 1, "box without area": 1,
+                                 "unknown category": 1, "annotation of an unknown image": 1, "annotation of a lost image": 1}
+    assert len(found["listed"]["unreadable image"]) == 2 and str(empty) in " ".join(found["listed"]["unreadable image"])
+    assert "train: image without file: 1\n  " in mhdet("data broken")[1]
     assert mhdet(f"train --data broken {TINY} epochs=1 run=broken")[0] == 0
     for path in more: path.write_bytes(b"")
-    for line, words in (("data broken", "6 of 100 pictures"), ("train --data broken run=worse", "pictures are missing")):
+    for line, words in (("data broken", "6 of 100 images"), ("train --data broken run=worse", "images are missing")):
         code, out, err = mhdet(line)
         assert (code, out, err.count("\n")) == (2, "", 1) and words in err and "at most 5%" in err
     assert not Path("runs/worse").exists()

@@ -57,8 +57,8 @@ def test_broken_pictures_are_counted_listed_and_left_out(tmp_path, cache):
     break_pictures(root, zero=1, cut=1)
     before = {f: f.read_bytes() for f in root.rglob("*.*")}
     ds = DetDataset(open_data(root, dev=0)["train"], 32, cache=cache, cache_dir=tmp_path / "squares")
-    assert len(ds) == 38 and census(ds.records)["problems"] == {"unreadable picture": 2}
-    assert any("truncated" in p for p in ds.records.problems["unreadable picture"])
+    assert len(ds) == 38 and census(ds.records)["problems"] == {"unreadable image": 2}
+    assert any("truncated" in p for p in ds.records.problems["unreadable image"])
     assert {int(i) for b in loader(ds, 8, drop_last=False) for i in b[2]} == set(range(38))
     assert before == {f: f.read_bytes() for f in root.rglob("*.*")}                # nothing of the user's is rewritten
 
@@ -67,7 +67,7 @@ def test_broken_pictures_are_counted_listed_and_left_out(tmp_path, cache):
 def test_more_than_one_in_twenty_is_an_error(tmp_path, broken):
     root, _ = coco(tmp_path)
     break_pictures(root, **broken)
-    with pytest.raises(ValueError, match="train: 3 of 40 pictures are missing or unreadable"):
+    with pytest.raises(ValueError, match="train: 3 of 40 images are missing or unreadable"):
         check_images(open_data(root, dev=0)["train"])
     with pytest.raises(ValueError, match="3 of 40"): DetDataset(open_data(root, dev=0)["train"], 32)
 
@@ -87,8 +87,8 @@ def test_wrong_annotations_are_counted_by_kind(tmp_path):
     data["annotations"] += [dict(id=100 + k, image_id=0, category_id=5, bbox=[1, 1, 9, 9]) | b for k, b in enumerate(bad)]
     found = census(open_data(write(root, data), dev=0)["train"])
     assert found["boxes"] == good and found["problems"] == {
-        "annotation of an unknown picture": 1, "unknown category": 1, "box not finite": 3, "box without area": 2,
-        "box outside its picture": 1}
+        "annotation of an unknown image": 1, "unknown category": 1, "box not finite": 3, "box without area": 2,
+        "box outside its image": 1}
 
 
 def test_ids_without_file_and_files_of_another_size(tmp_path):
@@ -99,12 +99,12 @@ def test_ids_without_file_and_files_of_another_size(tmp_path):
     records = check_images(open_data(write(root, data), dev=0)["train"])
     assert len(records) == 40 and len(records.gt["label"]) == 40 and records.sizes[3].tolist() == [64, 48]
     assert {k: len(v) for k, v in records.problems.items()} == {
-        "picture without file": 1, "annotation of a lost picture": 1, "size is not the annotation's": 1}
+        "image without file": 1, "annotation of a lost image": 1, "size is not the annotation's": 1}
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "not JSON"), ("[1]", "lists images"), ('{"images": []}', "lists images"),
-    ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lacks id or file_name")])
+    ("", "not JSON"), ("[1]", "lists images"), ('{"images": []}', "'categories' is missing"),
+    ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lack one of id, file_name")])
 def test_a_file_that_is_not_coco(tmp_path, content, words):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/train.json").write_text(content)
@@ -192,7 +192,7 @@ def test_workers_leave_signals_to_the_main_process(number):
 
 def test_workers_do_not_outlive_the_main_process():
     "An iterator that an error left behind does not keep the process from ending."
-    code = ("from mhdet.data import DetDataset, loader, toy_dataset\n"
+    code = ("from mhdet.data.dataset import DetDataset, loader\nfrom mhdet.data.toy import toy_dataset\n"
             "left = iter(loader(DetDataset(toy_dataset(64, size=64), 64), 8, workers=2)); next(left), next(left)\n"
             "raise SystemExit(7)")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT).returncode == 7

@@ -137,7 +137,7 @@ def rows_of(records):
     columns = (gt["image"], gt["label"], gt["box"].tolist(), gt["ignore"], gt["crowd"], gt["area"])
     return Counter((records.ids[i], records.names[c], *b, bool(d), bool(k), round(float(a), 6)) for i, c, b, d, k, a in zip(*columns))
 
-PICTURES = {"picture without file", "unreadable picture", "picture listed twice", "picture without XML"}
+PICTURES = {"image without file", "unreadable image", "image listed twice", "image without XML"}
 def left_out(records): return sum(len(v) for k, v in records.problems.items() if k not in PICTURES)
 
 def agree(records, n, true):
@@ -288,7 +288,7 @@ def test_voc(base):
             trees = {s: ET.parse(root / f"Annotations/{s}.xml").getroot() for s in stems if s in map(str, range(N))}
             true, n = voc_truth(trees)
             agree(records, n, true)
-            assert len(records.problems.get("picture without XML", [])) == len(stems) - len(trees)
+            assert len(records.problems.get("image without XML", [])) == len(stems) - len(trees)
         return records
     many(80, spoil)
 
