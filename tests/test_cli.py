@@ -134,7 +134,7 @@ BAD = {
     "partition --strategy together": "together: --confusion or a RUN is due",
     "partition base --confusion C.csv": "either a RUN or --confusion is due, got base and C.csv",
     "partition base --weights light": "'light' is none of equal, balanced",
-    "partition base --strategy optimal --imbalance .5": "an imbalance is 1 or more, got 0.5",
+    "partition base --strategy optimal --imbalance .5": "imbalance must be 1 or more, got 0.5",
     "partition --strategy hybrid --data data --alpha 2": "alpha must be 0..1, got 2.0",
     "partition --strategy standard --groups absent.yaml --data data": "absent.yaml: no such file",
     "partition --strategy optimal --pairs foes.yaml --heads 2 --data data": "into 2 heads has all of: a and b apart; b and c apart; a and c apart",
