@@ -98,7 +98,7 @@ BAD = {
     "train imgsz=100": "imgsz: Expected `int` that's a multiple of 32, got 100",
     "train dev=1.5": "dev: Expected `float` < 1.0, got 1.5",
     "train momentum=2": "momentum: Expected `float` < 1.0, got 2",
-    "train device=0": "device=0: allowed are auto, cpu, cuda",
+    "train device=0": "device: must be auto, cpu or cuda, got '0'",
     "eval base --conf 25": "Invalid value for '--conf'",
     "data toy:16 --data toy:3": "toy:16 and data=toy:3: one data set is due",
     "detect base": "RUN PICTURE... is due here, got base",

@@ -18,7 +18,8 @@ from mhdet.core.runs import JsonLog, set_seed
 from mhdet.core.config import load_config
 from mhdet.data.splits import open_data
 from mhdet.training.learner import Callback, Learner
-from mhdet.training.callbacks import EMA, Checkpoint, Recorder, Schedule, sgd
+from mhdet.training.callbacks import Checkpoint, Recorder
+from mhdet.training.schedules import EMA, Schedule, sgd
 from mhdet.training.checkpoint import load, read_meta, resume_state
 from processes import LIMIT, until
 
