@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mhdet import check, cli
-from mhdet.cli.grammar import app
+from mhdet.cli.grammar import stdout_to_stderr
+from mhdet.tools import conformance
+from mhdet.cli.commands import app
 from mhdet.core.runs import JsonLog
 from mhdet.core.files import read_yaml
 from mhdet.data.splits import open_data
@@ -325,14 +326,14 @@ def test_resized_copy_and_standard_heads(here):
 
 def test_stdout_is_for_the_answer(capfd):
     "What a library in C prints, as HiGHS does, goes to stderr."
-    with cli._aside(): ctypes.CDLL(None).puts(b"noise")
+    with stdout_to_stderr(): ctypes.CDLL(None).puts(b"noise")
     assert capfd.readouterr() == ("", "noise\n")
 
 
 def test_a_check_that_fails_is_code_1(here, monkeypatch):
     row = dict(fixture="f", variant="v", quantity="q", error=1., tolerance=.1)
     for ok, code in ((True, 0), (None, 0), (False, 1)):
-        monkeypatch.setattr(check, "check", lambda folder: [row | dict(ok=ok)])
+        monkeypatch.setattr(conformance, "check", lambda folder: [row | dict(ok=ok)])
         assert mhdet("check --fixtures anywhere")[0] == code
 
 
@@ -345,7 +346,7 @@ def test_lab_hands_its_words_on(here, monkeypatch):
 
 
 def test_help_and_typing_errors_do_not_wait_for_torch():
-    code = "import sys; from mhdet.cli import app\ntry: app(['--help'])\nexcept SystemExit: print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    code = "import sys; from mhdet.cli.commands import app\ntry: app(['--help'])\nexcept SystemExit: print(sorted({'torch', 'pandas'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.endswith("[]\n") and "study" in out
 

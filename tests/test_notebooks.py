@@ -11,6 +11,8 @@ from accelerate.state import AcceleratorState
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb
 
+from mhdet.cli.commands import app
+
 matplotlib.use("agg")
 cfg = get_config()
 NBS = []
@@ -24,10 +26,13 @@ NEEDS = dict.fromkeys(["00_onnx", "02_benchmark"], ("onnx", "onnxruntime"))
 def clean_process(monkeypatch):
     """nbdev leaves IN_TEST behind, under which a later export does nothing.
 
-    accelerate keeps its first precision, and matplotlib its settings.
+    accelerate keeps its first precision, matplotlib its settings, and the command line the commands
+    that a chapter defined.
     """
     rc = matplotlib.rcParams.copy()
+    commands = list(app.registered_commands)
     yield
+    app.registered_commands[:] = commands
     os.environ.pop("IN_TEST", None)
     AcceleratorState._reset_state(True)
     matplotlib.pyplot.close("all")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from mhdet.cli.grammar import _spread, app
+from mhdet.cli.commands import app
+from mhdet.cli.grammar import spread_values
 from mhdet.core.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,7 @@ def asked(line):
 
 def check(words):
     "Parse the words as the command would; nothing is run."
-    name, *rest = _spread(
+    name, *rest = spread_values(
         [re.sub(r"\$\{?\w+\}?", "1", w) for w in words if w != "$@"]
     )  # a variable may be a number
     if "--help" in words:

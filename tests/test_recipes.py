@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mhdet.cli.grammar import app
+from mhdet.cli.commands import app
 from mhdet.core.config import Stage, load_config
 from mhdet.data.splits import open_data
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from mhdet.cli.grammar import app
+from mhdet.cli.commands import app
 from mhdet.core.runs import JsonLog
 from mhdet.experiment.sweep import sweep_command, sweep_rows
 from processes import LIMIT, until

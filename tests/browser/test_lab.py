@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mhdet import cli
+from mhdet.cli import machine
 from mhdet.data.toy import TOY_CLASSES
 from mhdet.partition.heads import load_heads
 
@@ -142,11 +142,11 @@ def test_mhdet_lab_opens_the_right_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "execv", lambda program, words: asked.append((Path.cwd(), words[1:])))
     for start in (ROOT / "tests", ROOT / "nbs/tutorials", tmp_path):               # inside a clone; outside, but installed from one
         monkeypatch.chdir(start)
-        cli._lab(SimpleNamespace(args=["--port", "9999"]))
+        machine._lab(SimpleNamespace(args=["--port", "9999"]))
     assert asked == [(ROOT / "nbs", ["-m", "jupyterlab", "--port", "9999"])] * 3 and capsys.readouterr().err == ""
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/mhdet/cli.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "site-packages/mhdet/cli/machine.py"))
     monkeypatch.chdir(tmp_path)
-    cli._lab(SimpleNamespace(args=[]))
+    machine._lab(SimpleNamespace(args=[]))
     assert asked[-1] == (tmp_path, ["-m", "jupyterlab"]) and "no workbook here" in capsys.readouterr().err
 
 
