@@ -110,6 +110,9 @@ def upward(ch):
             modules = [a.name for a in n.names]
         elif isinstance(n, ast.ImportFrom):
             modules = [n.module or ""]
+            whole = [f"{n.module}.{a.name}" for a in n.names]  # `from mhdet.cli import analysis`
+            if all(m.removeprefix("mhdet.") in PLACE for m in whole):
+                modules = whole
         else:
             continue
         for module in modules:
