@@ -197,7 +197,7 @@ def test_a_mosaic_counts_the_objects_of_all_four_sources(heads):
 
 
 @pytest.mark.parametrize("row, words", [
-    ("{degrees: -1}", "head_0: degrees must be in [0, inf), got -1.0"), ("{mixup: 2}", "a probability, got 2.0"),
+    ("{degrees: -1}", "head_0: degrees must be in [0, inf), got -1.0"), ("{mixup: 2}", "a probability in [0, 1], got 2.0"),
     ("{scale: 1}", "scale must be in [0, 1), got 1.0"), ("{mosaic: 1}", "unknown 'mosaic'"),
     ("{turn: 1}", "unknown 'turn'; allowed are"), ("{shear: .nan}", "shear must be in"), ("[1]", "Expected `object`"),
     ("{flipud: yes}", "Expected `float`"), ("{}\nhead_7: {}", "has head_0, head_7; the classes are in head_0"),
@@ -208,7 +208,7 @@ def test_a_bad_table_is_refused_in_one_line(heads, row, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(blur=1.5), "blur is a probability"), (dict(random_ratio=-.1), "random_ratio is a probability"),
+    (dict(blur=1.5), "blur must be a probability"), (dict(random_ratio=-.1), "random_ratio must be a probability"),
     (dict(perspective=.5), "perspective must be in [0, 0.5)"), (dict(pad=math.nan), "pad must be in"),
     (dict(close_mosaic=-1), "close_mosaic must be in"), (dict(head_aware="x.yaml"), "which class is in which head")])
 def test_a_bad_config_is_refused(change, words):
