@@ -1,4 +1,6 @@
-"Test processes side by side compute with one thread each, as do their children: more threads than cores are slower than one."
+"""One thread per test process and for its children: more threads than cores are slower than one."""
+
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ: os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
