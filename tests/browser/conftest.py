@@ -1,19 +1,45 @@
-"""A real browser for tests: Debian's chromium, driven by playwright. Without either the tests skip and say why."""
+"""A real browser for tests: chromium, driven by playwright; without either the tests skip."""
+
 import shutil
 
 import pytest
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-LOCAL = ("http://127.0.0.1", "http://localhost", "ws://127.0.0.1", "ws://localhost", "file:", "data:", "blob:", "about:")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+LOCAL = (
+    "http://127.0.0.1",
+    "http://localhost",
+    "ws://127.0.0.1",
+    "ws://localhost",
+    "file:",
+    "data:",
+    "blob:",
+    "about:",
+)
+
+
+PROGRAMS = "chromium", "chromium-browser", "google-chrome"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    "Chromium, once a test file: for longer it must not live, since playwright keeps asyncio's loop from later tests."
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium: pytest.skip("no chromium on the PATH (Debian, Ubuntu: apt install chromium)")
+    """Chromium, started once per test file.
+
+    It must not live longer, since playwright keeps asyncio's loop from later tests.
+    """
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+    )
+    chromium = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if chromium is None:
+        pytest.skip("no chromium on the PATH (Debian, Ubuntu: apt install chromium)")
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
@@ -22,16 +48,18 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """A page in a context of its own, refused everything that is not on this machine.
+    """A page in a context of its own; requests to other machines are refused.
 
-    `page.errors` lists what went wrong, one line each: errors on the console, exceptions, failed requests, requests outside.
+    `page.errors` lists what went wrong, one line each: errors on the console, exceptions, failed
+    requests, requests to other machines.
     """
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
     page = context.new_page()
     page.errors = []
 
     def local(route):
-        if route.request.url.startswith(LOCAL): return route.continue_()
+        if route.request.url.startswith(LOCAL):
+            return route.continue_()
         page.errors.append(f"outside: {route.request.url}")
         route.abort()
 
