@@ -186,7 +186,7 @@ BAD = {
     "plot absent": "absent: no run there",
     "detect base absent.jpg": "absent.jpg: no such image",
     "detect base empty.jpg": "1 of 1 images are missing or unreadable",
-    "study --arms all": "'all' is none of control, split",
+    "study --arms all": "must be one of control, split",
     "study --resume": "no study there to go on with",
     "check --fixtures absent": "absent",
     "export absent --out m.onnx": "absent: no run there",
