@@ -264,11 +264,15 @@ WORDS = {
 }
 
 
+# Keys of stored files, which stay what they are.
+FILE_KEYS = {"pictures", "pictures_per_s"}
+
+
 def words_of(ch):
     "What a chapter says: its Markdown, and the messages and docstrings of its exported code."
     texts = [c.markdown for c in ch.cells]
     for n in ast.walk(ast.parse(ch.exported)):
-        if isinstance(n, ast.Constant) and isinstance(n.value, str):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value not in FILE_KEYS:
             texts.append(n.value)
     return "\n".join(texts)
 
