@@ -153,14 +153,18 @@ BAD = {
     ),
     "compare --gt G --a a.json --b dict.json": "dict.json: expected a list of detections, got dict",
     "compare --gt bare.json --a a.json --b a.json": (
-        "bare.json: no annotations, so there is nothing to be found"
+        "bare.json: no annotations, so there is nothing to detect"
     ),
     "compare --gt G --a a.json": "Missing option '--b'",
-    "compare --gt G --a a.json --b a.json a.json --paired": "seeds in pairs, but 1 and 2 of them",
+    "compare --gt G --a a.json --b a.json a.json --paired": (
+        "paired seeds: expected equal numbers, got 1 and 2"
+    ),
     "compare --gt G --a a.json --b a.json --fail-if bad": (
         "--fail-if: must be one of better, worse, equivalent, undecided, got 'bad'"
     ),
-    "compare --gt G --a a.json --b a.json --margin -1": "margin -1.0: low <= high, margin >= 0",
+    "compare --gt G --a a.json --b a.json --margin -1": (
+        "expected low <= high and margin >= 0, got [0.0, 0.0] and margin -1.0"
+    ),
     "calibrate absent": "absent: no run there",
     "detect base data/images/val/7.jpg --calibrated": (
         "calibration.json: no such file; mhdet calibrate base makes it"

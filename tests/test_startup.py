@@ -142,9 +142,9 @@ def seconds(line):
 
 
 @pytest.mark.parametrize("line", ["--help", "options"])
-def test_help_and_options_take_half_a_second(line):
-    "On an idle machine; processor time hardly depends on what else is running."
-    assert seconds(line) < 0.5
+def test_help_and_options_start_at_once(line):
+    "Half a second on an idle machine; up to twice as much where processors are shared."
+    assert seconds(line) < 1.0
 
 
 def lazy_imports():
