@@ -277,15 +277,18 @@ def words_of(ch):
     return "\n".join(texts)
 
 
-def vocabulary(ch):
-    "The field's words in messages, docstrings and prose."
-    text = words_of(ch)
+def odd_words(name, text):
     out = []
     for word, instead in WORDS.items():
         for m in re.finditer(rf"\b(?:{word})\b", text, re.I):
             near = " ".join(text[max(0, m.start() - 30) : m.end() + 20].split())
-            out.append(f"{ch.name}: '{m[0]}' in '...{near}...'; write: {instead}")
+            out.append(f"{name}: '{m[0]}' in '...{near}...'; write: {instead}")
     return out
+
+
+def vocabulary(ch):
+    "The field's words in messages, docstrings and prose."
+    return odd_words(ch.name, words_of(ch))
 
 
 RULES = [upward, hinge, sizes, docstrings, asserted, vocabulary]
@@ -391,6 +394,17 @@ def test_definitions_are_shown_live():
 
 
 # Rules about the whole tree.
+
+
+def test_pages_use_the_words():
+    "The log keeps what was written, and the changes name what was renamed."
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "nbs/design.md"]
+    pages += [*(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*.yaml")]
+    out = []
+    for page in pages:
+        out += odd_words(page.name, page.read_text(encoding="utf8"))
+    assert out == []
+    assert odd_words("a page", "Two pictures are due.") != []
 
 
 def ruff(*args, cwd=ROOT):
