@@ -291,7 +291,14 @@ def vocabulary(ch):
     return odd_words(ch.name, words_of(ch))
 
 
-RULES = [upward, hinge, sizes, docstrings, asserted, vocabulary]
+def opening(ch):
+    "The first cell is the title and, as a blockquote, one question."
+    first = ch.cells[0].markdown if ch.cells else ""
+    good = re.fullmatch(r"# [^\n]+\n\n> [^\n]+\??", first.strip())
+    return [] if good else [f"{ch.name} does not open with a title and a question"]
+
+
+RULES = [upward, hinge, sizes, docstrings, asserted, vocabulary, opening]
 
 
 def half(drop="nothing", args="x", noise=""):
@@ -335,6 +342,7 @@ BREACHES = [
     (asserted, planted(half()), "half is in no assertion"),
     (asserted, planted(half(), "y = half(2)", "#| slow\nassert y == 1"), "half is in no assertion"),
     (vocabulary, planted('#| export\nraise ValueError("a number is due")'), "expected X, got Y"),
+    (opening, planted("#| default_exp a.b"), "does not open with a title and a question"),
     (vocabulary, Chapter((3, 1), "a.b", [Cell("", markdown="Every picture counts.")]), "image"),
 ]
 
@@ -359,6 +367,7 @@ def test_breach(rule, ch, words):
 
 def test_a_good_chapter_passes():
     good = planted(half(), "y = half(2)", "assert y == 1")
+    good.cells.insert(0, Cell("", markdown="# Half\n\n> How much is half?"))
     assert [b for rule in RULES for b in rule(good)] == []
 
 
