@@ -99,7 +99,7 @@ def test_one_row_of_an_array_and_a_row_that_fails(here):
 
 
 @pytest.mark.parametrize("line, words", {
-    "sweep": "one name is due here", "sweep absent.yaml": "absent.yaml: no such file", "sweep d.yaml --row 2": "no row 2; there are 0..1",
+    "sweep": "expected one name, got none", "sweep absent.yaml": "absent.yaml: no such file", "sweep d.yaml --row 2": "no row 2; there are 0..1",
     "sweep d.yaml --jobs 0": "jobs=0: expected 1 or more", "sweep d.yaml lr=1": "'lr' differs between the rows",
     "sweep d.yaml seed=1": "'seed' is no choice here", "sweep d.yaml epoch=1": "did you mean 'epochs'?"}.items())
 def test_bad_input_is_one_line_and_code_2(here, line, words):
