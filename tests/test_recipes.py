@@ -1,4 +1,5 @@
 """Every recipe of data/ loads, and says the published numbers."""
+
 import json
 import shutil
 from pathlib import Path
@@ -12,20 +13,63 @@ from mhdet.core.config import Stage, load_config
 from mhdet.data.splits import open_data
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-TINY = dict(width=1, imgsz=320, batch=64, nominal_batch=64, epochs=100, lr=.01, lrf=.01, momentum=.937, weight_decay=5e-4,
-            warmup=3, warmup_bias_lr=None, schedule="cosine", hsv_h=.015, hsv_s=.7, hsv_v=.4, translate=.1, scale=.5, fliplr=.5,
-            mosaic=1, mixup=.05, degrees=0, shear=0, perspective=0, flipud=0, box_gain=.05, obj_gain=1, cls_gain=.5, ema=.9999,
-            freeze=None, stages=[], assign="plain", extra_lr=.001)
-LADDER = [dict(epochs=100, freeze=50, lr=.01),
-          dict(epochs=100, freeze=30, lr=.001, lrf=.01, warmup=3),
-          dict(epochs=100, freeze=10, lr=.0005, lrf=.01, warmup=2, warmup_bias_lr=.05),
-          dict(epochs=200, freeze=0, lr=.0001, lrf=.1, warmup=1, warmup_bias_lr=.01)]
-STEP = lambda *values: dict(zip(("freeze", "lr", "lrf", "warmup"), values))
+TINY = dict(
+    width=1,
+    imgsz=320,
+    batch=64,
+    nominal_batch=64,
+    epochs=100,
+    lr=0.01,
+    lrf=0.01,
+    momentum=0.937,
+    weight_decay=5e-4,
+    warmup=3,
+    warmup_bias_lr=None,
+    schedule="cosine",
+    hsv_h=0.015,
+    hsv_s=0.7,
+    hsv_v=0.4,
+    translate=0.1,
+    scale=0.5,
+    fliplr=0.5,
+    mosaic=1,
+    mixup=0.05,
+    degrees=0,
+    shear=0,
+    perspective=0,
+    flipud=0,
+    box_gain=0.05,
+    obj_gain=1,
+    cls_gain=0.5,
+    ema=0.9999,
+    freeze=None,
+    stages=[],
+    assign="plain",
+    extra_lr=0.001,
+)
+LADDER = [
+    dict(epochs=100, freeze=50, lr=0.01),
+    dict(epochs=100, freeze=30, lr=0.001, lrf=0.01, warmup=3),
+    dict(epochs=100, freeze=10, lr=0.0005, lrf=0.01, warmup=2, warmup_bias_lr=0.05),
+    dict(epochs=200, freeze=0, lr=0.0001, lrf=0.1, warmup=1, warmup_bias_lr=0.01),
+]
+
+
+def STEP(*values):
+    return dict(zip(("freeze", "lr", "lrf", "warmup"), values, strict=True))
+
+
 NONE = dict.fromkeys(Stage.__struct_fields__)
-RECIPES = {"tiny": {}, "scratch-plain": dict(assign="plain"), "scratch-ota": dict(assign="ota"),
-           "floor": dict(width=.5, imgsz=160, batch=32, epochs=50, difficult="train", dev=0),
-           "ladder": dict(epochs=500, stages=[NONE | stage for stage in LADDER]),
-           "f74to50": STEP(50, .005, .01, 3), "f74to29": STEP(29, .001, .1, 3), "f50to0": STEP(0, .002, .1, 5)}
+RECIPES = {
+    "tiny": {},
+    "scratch-plain": dict(assign="plain"),
+    "scratch-ota": dict(assign="ota"),
+    "floor": dict(width=0.5, imgsz=160, batch=32, epochs=50, difficult="train", dev=0),
+    "ladder": dict(epochs=500, stages=[NONE | stage for stage in LADDER]),
+    "f74to50": STEP(50, 0.005, 0.01, 3),
+    "f74to29": STEP(29, 0.001, 0.1, 3),
+    "f50to0": STEP(0, 0.002, 0.1, 5),
+}
 
 
 def test_every_recipe_has_its_numbers_here():
@@ -44,18 +88,29 @@ def test_coco_is_resized_to_where_its_recipe_looks(tmp_path, monkeypatch, size):
     for split in ("train2017", "val2017"):
         (tmp_path / "coco" / split).mkdir(parents=True)
         Image.new("RGB", (96, 48)).save(tmp_path / f"coco/{split}/000000000009.jpg")
-        whole = dict(images=[dict(id=9, file_name="000000000009.jpg", width=96, height=48)], categories=[dict(id=1, name="a")],
-                     annotations=[dict(id=1, image_id=9, category_id=1, bbox=[9, 8, 48, 32], area=900, iscrowd=0)])
+        whole = dict(
+            images=[dict(id=9, file_name="000000000009.jpg", width=96, height=48)],
+            categories=[dict(id=1, name="a")],
+            annotations=[
+                dict(id=1, image_id=9, category_id=1, bbox=[9, 8, 48, 32], area=900, iscrowd=0)
+            ],
+        )
         (tmp_path / "coco/annotations").mkdir(exist_ok=True)
-        for kind in ("instances", "captions", "person_keypoints"):                          # the zip holds all three
+        for kind in ("instances", "captions", "person_keypoints"):  # the zip holds all three
             (tmp_path / f"coco/annotations/{kind}_{split}.json").write_text(json.dumps(whole))
     shutil.copytree(DATA, tmp_path / "mhdet/data", ignore=shutil.ignore_patterns("results"))
     monkeypatch.chdir(tmp_path / "mhdet")
     recipe = Path(f"data/data-coco{size}.yaml")
-    line = next(s for s in recipe.read_text().splitlines() if "--resize" in s).split("mhdet ")[-1].split()
+    line = (
+        next(s for s in recipe.read_text().splitlines() if "--resize" in s)
+        .split("mhdet ")[-1]
+        .split()
+    )
     found = CliRunner().invoke(app, line)
     assert found.exit_code == 0, found.output
     for split in ("train", "val"):
         records = open_data(recipe, split, dev=0)[split]
         assert records.sizes.tolist() == [[size, size // 2]]
-        assert records.gt["box"][0].tolist() == pytest.approx([v * size / 96 for v in (9, 8, 57, 40)], abs=.01)
+        assert records.gt["box"][0].tolist() == pytest.approx(
+            [v * size / 96 for v in (9, 8, 57, 40)], abs=0.01
+        )

@@ -1,5 +1,5 @@
-"""A sweep is killed, stopped, starved of time and fed with rows that cannot work; what was trained is never trained again."""
-import contextlib
+"""A sweep is killed, stopped or out of time; some rows cannot work: no epoch is trained twice."""
+
 import json
 import os
 import shlex
@@ -11,22 +11,26 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from processes import LIMIT, until
 from typer.testing import CliRunner
 
 from mhdet.cli.commands import app
 from mhdet.core.runs import JsonLog
 from mhdet.experiment.sweep import sweep_command, sweep_rows
-from processes import LIMIT, until
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = "base: {data: 'toy:80', imgsz: 64, width: 0.125, batch: 8, workers: 0, device: cpu, precision: fp32, epochs: %s}\n"
+BASE = (
+    "base: {data: 'toy:80', imgsz: 64, width: 0.125, batch: 8, workers: 0, "
+    "device: cpu, precision: fp32, epochs: %s}\n"
+)
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for k in ("PYTHONPATH", "OMP_NUM_THREADS"): monkeypatch.setenv(k, ENV[k])
+    for k in ("PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(k, ENV[k])
     return tmp_path
 
 
@@ -36,21 +40,36 @@ def mhdet(line):
     return found.exit_code, found.stdout, found.stderr
 
 
-def begin(line): return subprocess.Popen([sys.executable, "-m", "mhdet", *line.split()], env=ENV, stderr=subprocess.PIPE, text=True)
+def begin(line):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mhdet", *line.split()], env=ENV, stderr=subprocess.PIPE, text=True
+    )
 
 
-def stamps(folder): return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-def states(name): return pd.read_csv(table)["state"].tolist() if (table := Path("runs", name, "sweep.csv")).exists() else []
-def epochs(name): return [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()]
+def stamps(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def states(name):
+    return (
+        pd.read_csv(table)["state"].tolist()
+        if (table := Path("runs", name, "sweep.csv")).exists()
+        else []
+    )
+
+
+def epochs(name):
+    return [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()]
 
 
 def test_killed_then_interrupted_then_finished(here):
-    "As by a power cut; then by Ctrl-C; the third call ends it, and what was finished before the cut is as it was."
+    "As by a power cut; then by Ctrl-C; the third call ends it and leaves finished runs alone."
     Path("sweep-a.yaml").write_text(BASE % 400 + "rows: {short: {epochs: 1}, long: {}}")
     first = begin("sweep sweep-a.yaml --jobs 2")
     until(lambda: states("a")[:1] == ["finished"] and len(epochs("a/long_s0")) >= 2, first)
     own = [first, *psutil.Process(first.pid).children(recursive=True)]
-    for p in own: p.kill()
+    for p in own:
+        p.kill()
     first.communicate()
     psutil.wait_procs(own[1:], 10)
     before, trained = stamps(Path("runs/a/short_s0")), epochs("a/long_s0")
@@ -59,7 +78,9 @@ def test_killed_then_interrupted_then_finished(here):
     until(lambda: len(epochs("a/long_s0")) > len(trained) + 1, second)
     second.send_signal(signal.SIGINT)
     err = second.communicate(timeout=LIMIT)[1]
-    assert second.returncode == 130 and err.endswith("mhdet: SIGINT; what was trained is saved, the same command goes on\n")
+    assert second.returncode == 130 and err.endswith(
+        "mhdet: SIGINT; what was trained is saved, the same command goes on\n"
+    )
     assert "long_s0: SIGTERM, epoch" in err and states("a") == ["finished", "SIGTERM"]
 
     reached = len(epochs("a/long_s0"))
@@ -67,7 +88,10 @@ def test_killed_then_interrupted_then_finished(here):
     Path("sweep-a.yaml").write_text(BASE % (reached + 2) + "rows: {short: {epochs: 1}, long: {}}")
     code, out, _ = mhdet("sweep sweep-a.yaml --json")
     assert code == 0 and [r["state"] for r in json.loads(out)] == ["finished", "finished"]
-    assert epochs("a/long_s0") == list(range(1, reached + 3)) and stamps(Path("runs/a/short_s0")) == before
+    assert (
+        epochs("a/long_s0") == list(range(1, reached + 3))
+        and stamps(Path("runs/a/short_s0")) == before
+    )
 
 
 def test_a_killed_sweep_leaves_its_row_alive_and_the_next_one_leaves_it_alone(here):
@@ -86,22 +110,37 @@ def test_a_killed_sweep_leaves_its_row_alive_and_the_next_one_leaves_it_alone(he
 def test_one_row_of_an_array_and_a_row_that_fails(here):
     Path("sweep-c.yaml").write_text(BASE % 1 + "rows: {good: {}, bad: {weights: absent}, fine: {}}")
     code, out, _ = mhdet("sweep sweep-c.yaml --list")
-    assert code == 0 and [s.split()[:3] for s in out.splitlines()] == [["mhdet", "train", f"run=c/{n}_s0"] for n in ("good", "bad", "fine")]
+    assert code == 0 and [s.split()[:3] for s in out.splitlines()] == [
+        ["mhdet", "train", f"run=c/{n}_s0"] for n in ("good", "bad", "fine")
+    ]
     assert not Path("runs").exists()
     assert mhdet("sweep sweep-c.yaml --row 2")[0] == 0
     assert mhdet("sweep sweep-c.yaml --list")[1].splitlines()[2] == "# fine_s0 is finished"
     code, out, err = mhdet("sweep sweep-c.yaml --jobs 2 max_hours=1e-6")
     assert code == 1 and "bad_s0: failed, mhdet: absent: no run there" in err
     table = pd.read_csv("runs/c/sweep.csv")
-    assert table["state"].tolist() == ["max_hours", "failed", "finished"] and table["epoch"].isna().tolist() == [False, True, False]
+    assert table["state"].tolist() == ["max_hours", "failed", "finished"] and table[
+        "epoch"
+    ].isna().tolist() == [False, True, False]
     assert {"name", "weights", "seed", "AP50", "best", "commit", "device", "date"} <= set(table)
-    assert {r["run"]: r["state"] for r in json.loads(mhdet("runs --json")[1])} == {"c/good_s0": "max_hours", "c/fine_s0": "finished"}
+    assert {r["run"]: r["state"] for r in json.loads(mhdet("runs --json")[1])} == {
+        "c/good_s0": "max_hours",
+        "c/fine_s0": "finished",
+    }
 
 
-@pytest.mark.parametrize("line, words", {
-    "sweep": "expected one name, got none", "sweep absent.yaml": "absent.yaml: no such file", "sweep d.yaml --row 2": "no row 2; there are 0..1",
-    "sweep d.yaml --jobs 0": "jobs=0: expected 1 or more", "sweep d.yaml lr=1": "'lr' differs between the rows",
-    "sweep d.yaml seed=1": "'seed' is no choice here", "sweep d.yaml epoch=1": "did you mean 'epochs'?"}.items())
+@pytest.mark.parametrize(
+    "line, words",
+    {
+        "sweep": "expected one name, got none",
+        "sweep absent.yaml": "absent.yaml: no such file",
+        "sweep d.yaml --row 2": "no row 2; there are 0..1",
+        "sweep d.yaml --jobs 0": "jobs=0: expected 1 or more",
+        "sweep d.yaml lr=1": "'lr' differs between the rows",
+        "sweep d.yaml seed=1": "'seed' is no choice here",
+        "sweep d.yaml epoch=1": "did you mean 'epochs'?",
+    }.items(),
+)
 def test_bad_input_is_one_line_and_code_2(here, line, words):
     Path("d.yaml").write_text("grid: {lr: [.1, .2]}")
     code, out, err = mhdet(line)
