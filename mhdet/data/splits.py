@@ -17,13 +17,22 @@ import numpy as np
 from PIL import Image
 
 from ..core.files import read_yaml
-from .readers import _beside, _refuse, _size, _voc_list, read_coco, read_voc, read_yolo
+from mhdet.data.readers import (
+    _image_size,
+    _refuse_lost,
+    _resolve,
+    _voc_list,
+    read_coco,
+    read_voc,
+    read_yolo,
+)
 from .toy import toy_dataset
 
 # %% ../../nbs/01_data/03_splits.ipynb #06989916
-def _is_dev(id, share):
-    "Whether a picture belongs to dev: the first 8 bytes of BLAKE2b of its id, as a fraction."
-    return int.from_bytes(blake2b(str(id).encode(), digest_size=8).digest(), "big") < share * 2**64
+def _is_dev(image_id, share):
+    "Whether an image belongs to dev: the first 8 bytes of BLAKE2b of its id, as a fraction."
+    digest = blake2b(str(image_id).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def _coco_file(root, split):
@@ -31,36 +40,64 @@ def _coco_file(root, split):
     files = sorted((root / "annotations").glob(f"*{split}*.json"))
     files = [f for f in files if f.name.startswith("instances")] or files
     if len(files) > 1:
-        raise ValueError(
-            f"{root}/annotations: several files for {split}: {', '.join(f.name for f in files)}"
-        )
+        names = ", ".join(f.name for f in files)
+        raise ValueError(f"{root}/annotations: several files for {split}: {names}")
     return files[0] if files else None
 
 
+def _toy_layout(word):
+    "Splits and reader of `toy` or `toy:600`; val has 4/15 as many images, of another seed."
+    n = word.partition(":")[2] or "1500"
+    if not n.isdecimal():
+        raise ValueError(f"{word}: expected a number of drawn images, such as toy:600")
+    n = int(n)
+
+    def read(split):
+        return toy_dataset(n, 0) if split == "train" else toy_dataset(n * 4 // 15 + 1, 1)
+
+    return ["train", "val"], read
+
+
+def _yaml_layout(path):
+    "Splits and reader of a YOLO YAML, or of the folder that a YAML with only `path` names."
+    spec = read_yaml(path)
+    if "path" in spec and not {"train", "val"} & set(spec):
+        inner = _resolve(path, spec["path"])
+        if inner.is_dir():
+            return _layout(inner)
+        raise FileNotFoundError(f"{path}: path: no such folder {str(inner)[:300]!r}")
+
+    def read(split):
+        return read_yolo(path, split)
+
+    return [split for split in ("train", "val") if spec.get(split)], read
+
+
 def _layout(path):
-    "What kind of data set lies at a path: the splits it has, and how to read one."
+    "The splits a data set has, list of str, and a function that reads one."
     if str(path).split(":")[0] == "toy":
-        n = str(path).partition(":")[2] or "1500"
-        if not n.isdecimal():
-            raise ValueError(f"{path}: toy:600 is a number of drawn pictures")
-        n = int(n)
-        return [
-            "train",
-            "val",
-        ], lambda s: toy_dataset(n, 0) if s == "train" else toy_dataset(n * 4 // 15 + 1, 1)
+        return _toy_layout(str(path))
     path = Path(path)
     if path.is_file():
-        spec = read_yaml(path)
-        if "path" in spec and not {"train", "val"} & set(spec):
-            if (inner := _beside(path, spec["path"])).is_dir():
-                return _layout(inner)
-            raise FileNotFoundError(f"{path}: path: no such folder {str(inner)[:300]!r}")
-        return [s for s in ("train", "val") if spec.get(s)], lambda s: read_yolo(path, s)
+        return _yaml_layout(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or YAML")
-    voc = (path / "ImageSets/Main").is_dir()
-    have = [s for s in ("train", "val") if (_voc_list if voc else _coco_file)(path, s)]
-    return have, lambda s: read_voc(path, s) if voc else read_coco(_coco_file(path, s))
+    is_voc = (path / "ImageSets/Main").is_dir()
+
+    def read(split):
+        return read_voc(path, split) if is_voc else read_coco(_coco_file(path, split))
+
+    source = _voc_list if is_voc else _coco_file
+    return [split for split in ("train", "val") if source(path, split)], read
+
+
+def _set_dev_aside(train, share):
+    "The images of train in two parts: train and dev."
+    inside = np.array([_is_dev(i, share) for i in train.ids])
+    return {
+        "train": train.subset(np.flatnonzero(~inside)),
+        "dev": train.subset(np.flatnonzero(inside)),
+    }
 
 # %% ../../nbs/01_data/03_splits.ipynb #ae669253
 def open_data(path="toy", split=None, dev=0.15):
@@ -69,12 +106,13 @@ def open_data(path="toy", split=None, dev=0.15):
     Parameters
     ----------
     path : str or Path
-        `toy` (1,500 + 401 drawn pictures; `toy:600`: 600 and as large a share); a YOLO YAML; a YAML whose only
-        `path` names a folder; a COCO folder (`annotations/*train*.json`, `*val*.json`); a VOC folder.
+        `toy` (1,500 + 401 drawn images; `toy:600`: 600 and as large a share); a YOLO YAML; a YAML
+        whose only `path` names a folder; a COCO folder (`annotations/*train*.json`, `*val*.json`);
+        a VOC folder.
     split : str, optional
         Only this one of `train`, `dev`, `val`.
     dev : float
-        Share of train set aside, by hash of the picture id; 0 leaves train whole.
+        Share of train set aside, by hash of the image id; 0 leaves train whole.
 
     Returns
     -------
@@ -86,60 +124,61 @@ def open_data(path="toy", split=None, dev=0.15):
     FileNotFoundError
         Nothing there, or not the split asked for.
     ValueError
-        No known layout, two candidates for a split, or splits with different classes. The readers' errors pass through.
-
-    References
-    ----------
-    own
+        No known layout, two candidates for a split, or splits with different classes. The readers'
+        errors pass through.
     """
-    have, read = _layout(path)
-    if not have:
-        yaml = "".join(f"; or give {p}" for p in sorted(Path(path).glob("*.y*ml"))[:1])
+    available, read = _layout(path)
+    if not available:
+        yamls = sorted(Path(path).glob("*.y*ml"))
+        hint = f"; or give {yamls[0]}" if yamls else ""
         raise ValueError(
-            f"{path}: a data set has annotations/*train*.json or *val*.json, or ImageSets/Main lists, "
-            f"or is a YAML with train or val{yaml}"
+            f"{path}: a data set has annotations/*train*.json or *val*.json, "
+            f"or ImageSets/Main lists, or is a YAML with train or val{hint}"
         )
-    out = {s: read(s) for s in have if split in (None, s) or (split, s) == ("dev", "train")}
-    if len(out) == 2 and out["train"].names != out["val"].names:
-        odd = sorted(set(out["train"].names) ^ set(out["val"].names)) or ["their order"]
-        raise ValueError(f"{path}: train and val differ in their classes: {', '.join(odd)}")
-    if "train" in out and dev:
-        whole = out.pop("train")
-        inside = np.array([_is_dev(i, dev) for i in whole.ids])
-        out = {
-            s: whole.subset(np.flatnonzero(inside == (s == "dev"))) for s in ("train", "dev")
-        } | out
-    if split and split not in out:
-        raise FileNotFoundError(f"{path}: no split '{split}'; there is {', '.join(have)}")
-    return {split: out[split]} if split else out
+    source = "train" if split == "dev" else split
+    splits = {s: read(s) for s in available if source in (None, s)}
+    if len(splits) == 2 and splits["train"].names != splits["val"].names:
+        odd = set(splits["train"].names) ^ set(splits["val"].names)
+        odd = ", ".join(sorted(odd) or ["their order"])
+        raise ValueError(f"{path}: train and val differ in their classes: {odd}")
+    if "train" in splits and dev:
+        splits = _set_dev_aside(splits.pop("train"), dev) | splits
+    if split and split not in splits:
+        raise FileNotFoundError(f"{path}: no split '{split}'; there is {', '.join(available)}")
+    return {split: splits[split]} if split else splits
 
-# %% ../../nbs/01_data/03_splits.ipynb #947dcc18
+# %% ../../nbs/01_data/03_splits.ipynb #b16369bd
 def _each(work, n):
-    "work(0), ..., work(n - 1) in threads: Pillow lets go of the interpreter while it decodes."
+    "[work(0), ..., work(n - 1)] in threads: Pillow releases the interpreter while it decodes."
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, range(n)))
 
 
 def _without(records, sizes):
-    "Records without the pictures whose size is a fault (str) instead; refuses a split that loses too many."
+    """Records without the images that cannot be decoded.
+
+    `sizes` has for each image (width, height) px, or a str: what is wrong with its file. Too many
+    of those are refused.
+    """
     bad = [i for i, s in enumerate(sizes) if isinstance(s, str)]
     if bad:
-        _refuse(records.files[0].parent, records.lost() + len(bad), records.listed)
-    broken = records.problems.get("unreadable picture", []) + [
-        f"{records.files[i]}: {sizes[i]}" for i in bad
-    ]
+        _refuse_lost(records.files[0].parent, records.lost() + len(bad), records.listed)
+    unreadable = list(records.problems.get("unreadable image", []))
+    unreadable += [f"{records.files[i]}: {sizes[i]}" for i in bad]
     kept = np.delete(np.arange(len(records)), bad)
-    out = records.subset(kept) if bad else records
+    readable = records.subset(kept) if bad else records
     actual = np.array([sizes[i] for i in kept], np.int64).reshape(-1, 2)
-    other = [str(out.files[k]) for k in np.flatnonzero((actual != out.sizes).any(1))]
-    found = {"unreadable picture": broken, "size is not the annotation's": other}
-    return replace(
-        out, sizes=actual, problems=records.problems | {k: v for k, v in found.items() if v}
-    )
+    differs = np.flatnonzero((actual != readable.sizes).any(1))
+    problems = dict(records.problems)
+    if unreadable:
+        problems["unreadable image"] = unreadable
+    if len(differs):
+        problems["size is not the annotation's"] = [str(readable.files[k]) for k in differs]
+    return replace(readable, sizes=actual, problems=problems)
 
 
 def check_images(records):
-    """Decode every picture once; leave out those that cannot be.
+    """Decode every image once; leave out those that cannot be decoded.
 
     Parameters
     ----------
@@ -148,23 +187,24 @@ def check_images(records):
     Returns
     -------
     Records
-        Without empty, truncated or foreign files; they are listed in `problems["unreadable picture"]`. `sizes` are
-        those of the files; where the annotation says otherwise the picture is listed, and kept.
+        Without empty, truncated or foreign files; they are listed in `problems["unreadable
+        image"]`. `sizes` are those of the files; where the annotation says otherwise the image is
+        listed, and kept.
 
     Raises
     ------
     ValueError
         More than 5 % are missing or unreadable; the folder and the count are named.
-
-    References
-    ----------
-    own
     """
     if records.files is None:
         return records
-    return _without(records, _each(lambda i: _size(records.files[i], whole=True), len(records)))
 
+    def size(i):
+        return _image_size(records.files[i], whole=True)
 
+    return _without(records, _each(size, len(records)))
+
+# %% ../../nbs/01_data/03_splits.ipynb #fbada728
 def census(records):
     """Count what a split holds, and what is wrong with it.
 
@@ -175,32 +215,72 @@ def census(records):
     Returns
     -------
     dict
-        `images boxes difficult crowd empty` (pictures without boxes) as int, `problems` kind -> int, `per_class`
-        name -> int.
-
-    Raises
-    ------
-    Nothing.
-
-    References
-    ----------
-    own
+        `images boxes difficult crowd empty` (images without boxes) as int, `problems` kind -> int,
+        `per_class` name -> int.
     """
     gt = records.gt
-    counts = dict(
+    per_class = np.bincount(gt["label"], minlength=len(records.classes)).tolist()
+    return dict(
         images=len(records),
         boxes=len(gt["label"]),
         difficult=int(gt["ignore"].sum()),
         crowd=int(gt["crowd"].sum()),
         empty=len(records) - len(np.unique(gt["image"])),
+        problems={kind: len(places) for kind, places in records.problems.items()},
+        per_class=dict(zip(records.names, per_class, strict=True)),
     )
-    per_class = np.bincount(gt["label"], minlength=len(records.classes)).tolist()
-    problems = {k: len(v) for k, v in records.problems.items()}
-    return counts | dict(problems=problems, per_class=dict(zip(records.names, per_class)))
 
 # %% ../../nbs/01_data/03_splits.ipynb #8d25fdb3
+def _coco_content(records, names, sizes):
+    "The JSON content for a copy of the images under these file names and sizes (n, 2) px."
+    images = []
+    for image_id, name, (w, h) in zip(records.ids, names, sizes.tolist(), strict=True):
+        images.append(dict(id=image_id, file_name=name, width=w, height=h))
+    gt = records.gt
+    scale = np.tile(sizes / records.sizes, 2)[gt["image"]]
+    xyxy = gt["box"] * scale
+    xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1).round(2).tolist()
+    area = gt["area"] * scale[:, 0] * scale[:, 1]
+    notes = []
+    for k, bbox in enumerate(xywh):
+        difficult = int(gt["ignore"][k])
+        notes.append(
+            dict(
+                id=k + 1,
+                image_id=records.ids[gt["image"][k]],
+                category_id=records.classes.ids[gt["label"][k]],
+                bbox=bbox,
+                area=float(area[k]),
+                iscrowd=int(gt["crowd"][k]),
+                ignore=difficult,
+                difficult=difficult,
+            )
+        )
+    pairs = zip(records.classes.ids, records.names, strict=True)
+    categories = [dict(id=number, name=name) for number, name in pairs]
+    return dict(images=images, annotations=notes, categories=categories)
+
+
+def _write_copy(records, split, size, out):
+    "One split of a resized copy."
+    (out / "images" / split).mkdir(parents=True)
+    (out / "annotations").mkdir(exist_ok=True)
+    scale = size / records.sizes.max(1, keepdims=True)
+    sizes = (records.sizes * scale).round().astype(int).clip(1)
+    names = [f"{i:06d}.jpg" for i in range(len(records))]
+
+    def shrink(i):
+        image = Image.fromarray(records.image(i))
+        small = image.resize(tuple(sizes[i].tolist()), Image.LANCZOS)
+        small.save(out / "images" / split / names[i], quality=90)
+
+    _each(shrink, len(records))
+    content = msgspec.json.encode(_coco_content(records, names, sizes))
+    (out / f"annotations/instances_{split}.json").write_bytes(content)
+
+
 def resize_copy(splits, size, out):
-    """Write a copy of a data set with smaller (or larger) pictures, in COCO layout.
+    """Write a copy of a data set with smaller (or larger) images, in COCO layout.
 
     Parameters
     ----------
@@ -209,7 +289,7 @@ def resize_copy(splits, size, out):
     size : int
         Long side of the copies, px.
     out : str or Path
-        A new folder: `images/<split>/*.jpg` (quality 90) and `annotations/instances_<split>.json`.
+        A new folder: `images/<split>/*.jpg` (quality 90), `annotations/instances_<split>.json`.
 
     Returns
     -------
@@ -221,11 +301,7 @@ def resize_copy(splits, size, out):
     FileExistsError
         `out` is there and not empty.
     ValueError
-        `size` below 1, or too many unreadable pictures.
-
-    References
-    ----------
-    own
+        `size` below 1, or too many unreadable images.
     """
     out = Path(out)
     if size < 1:
@@ -233,51 +309,5 @@ def resize_copy(splits, size, out):
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out}: exists already and is not empty")
     for split, records in splits.items():
-        records = check_images(records)
-        (out / "images" / split).mkdir(parents=True)
-        (out / "annotations").mkdir(exist_ok=True)
-        new = (
-            (records.sizes * (size / records.sizes.max(1, keepdims=True)))
-            .round()
-            .astype(int)
-            .clip(1)
-        )
-        name = lambda i: f"{i:06d}.jpg"
-
-        def shrink(i):
-            small = Image.fromarray(records.image(i)).resize(tuple(new[i].tolist()), Image.LANCZOS)
-            small.save(out / "images" / split / name(i), quality=90)
-
-        _each(shrink, len(records))
-        images = [
-            dict(id=id, file_name=name(i), width=w, height=h)
-            for i, (id, (w, h)) in enumerate(zip(records.ids, new.tolist()))
-        ]
-        gt, scale = records.gt, np.tile(new / records.sizes, 2)[records.gt["image"]]
-        xyxy = gt["box"] * scale
-        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], 1).round(2).tolist()
-        columns = (
-            gt["image"],
-            gt["label"],
-            xywh,
-            gt["area"] * scale[:, 0] * scale[:, 1],
-            gt["crowd"],
-            gt["ignore"],
-        )
-        notes = [
-            dict(
-                id=k + 1,
-                image_id=records.ids[i],
-                category_id=records.classes.ids[label],
-                bbox=box,
-                area=float(area),
-                iscrowd=int(crowd),
-                ignore=int(ignore),
-                difficult=int(ignore),
-            )
-            for k, (i, label, box, area, crowd, ignore) in enumerate(zip(*columns))
-        ]
-        cats = [dict(id=i, name=n) for i, n in zip(records.classes.ids, records.names)]
-        content = msgspec.json.encode(dict(images=images, annotations=notes, categories=cats))
-        (out / f"annotations/instances_{split}.json").write_bytes(content)
+        _write_copy(check_images(records), split, size, out)
     return out

@@ -17,41 +17,38 @@ ANCHORS = [
     [[10, 13], [16, 30], [33, 23]],
     [[30, 61], [62, 45], [59, 119]],
     [[116, 90], [156, 198], [373, 326]],
-]  # px
+]  # w, h, px of the input
 STRIDES = (8, 16, 32)
 
 
 def per_anchor(raw, na=3):
-    """A raw map seen anchor by anchor; a view, nothing is copied.
+    """A raw map with an axis for anchors, channels last; a view, nothing is copied.
 
     Parameters
     ----------
-    raw : Tensor (B, na * R, H, W)
+    raw : Tensor (B, na * C, H, W)
     na : int
-        Anchors a cell.
+        Anchors per cell.
 
     Returns
     -------
-    Tensor (B, na, H, W, R)
+    Tensor (B, na, H, W, C)
 
     Raises
     ------
     RuntimeError
-        Channels are not a multiple of `na`.
-
-    References
-    ----------
-    own
+        The number of channels is not a multiple of `na`.
     """
     return raw.unflatten(1, (na, -1)).permute(0, 1, 3, 4, 2)
 
-
+# %% ../../nbs/04_model/01_multihead.ipynb #8cdc7fe6
 def head_channels(nh, nc, boxes="head"):
-    """Where the rows of an anchor are: five of each head, then the classes, as numbers of the layer's own rows.
+    """The channel of every output of an anchor: five outputs of each head, then the classes.
 
     Parameters
     ----------
     nh, nc : int
+        Number of heads and of classes.
     boxes : {"head", "shared"}
         Shared: `tx ty tw th` once, then the objectness of every head, then the classes.
 
@@ -62,60 +59,108 @@ def head_channels(nh, nc, boxes="head"):
     Raises
     ------
     ValueError
-        Another word.
-
-    References
-    ----------
-    own
+        Another word for `boxes`.
     """
     if boxes == "head":
         return list(range(5 * nh + nc))
     if boxes != "shared":
-        raise ValueError(f"boxes: '{boxes}' is none of head, shared")
-    return [r if r < 4 else 4 + h for h in range(nh) for r in range(5)] + list(
-        range(4 + nh, 4 + nh + nc)
-    )
+        raise ValueError(f"boxes: must be 'head' or 'shared', got '{boxes}'")
+    channels = []
+    for h in range(nh):
+        channels += [0, 1, 2, 3, 4 + h]
+    return channels + list(range(4 + nh, 4 + nh + nc))
 
-# %% ../../nbs/04_model/01_multihead.ipynb #4d24a423
+# %% ../../nbs/04_model/01_multihead.ipynb #b169b950
 class Adapter(nn.Module):
-    """What a head adds to the features it reads: nothing at first, because the last factor starts at 0.
+    """What a head adds to the features it reads: nothing at first, because the last factor is 0.
 
-    Maps (B, C, H, W) to the same shape. `kind="bottleneck"`: 1x1 to a quarter of the channels, 3x3, 1x1 back; `"cbam"`:
-    the features, weighed by channel and by place. `ValueError`: another kind. Source: He et al. 2016 (bottleneck), Woo
-    et al. 2018 (CBAM); the zero start: Goyal et al. 2017.
+    Maps (B, C, H, W) to the same shape.
+
+    Parameters
+    ----------
+    channels : int
+    kind : {"bottleneck", "cbam"}
+        1x1 to a quarter of the channels, 3x3, 1x1 back; or the features weighted by channel, then
+        by place.
+
+    Raises
+    ------
+    ValueError
+        Another kind.
+
+    References
+    ----------
+    He et al. 2016 (bottleneck), Woo et al. 2018 (CBAM), Goyal et al. 2017 (start at zero).
     """
 
     def __init__(self, channels, kind="bottleneck"):
         super().__init__()
         if kind not in ("bottleneck", "cbam"):
-            raise ValueError(f"adapter: '{kind}' is none of bottleneck, cbam")
-        self.kind, mid = kind, max(channels // 4, 8)
-        self.squeeze, self.widen = nn.Conv2d(channels, mid, 1), nn.Conv2d(mid, channels, 1)
-        self.mix = (
-            nn.Conv2d(mid, mid, 3, padding=1)
-            if kind == "bottleneck"
-            else nn.Conv2d(2, 1, 7, padding=3)
-        )
+            raise ValueError(f"adapter: must be 'bottleneck' or 'cbam', got '{kind}'")
+        self.kind = kind
+        mid = max(channels // 4, 8)
+        self.squeeze = nn.Conv2d(channels, mid, 1)
+        self.widen = nn.Conv2d(mid, channels, 1)
+        if kind == "bottleneck":
+            self.mix = nn.Conv2d(mid, mid, 3, padding=1)
+        else:
+            self.mix = nn.Conv2d(2, 1, 7, padding=3)
         self.gain = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x):
         if self.kind == "bottleneck":
             return self.gain * self.widen(F.silu(self.mix(F.silu(self.squeeze(x)))))
+        # weight of each channel from its mean and maximum, then of each place likewise
         pooled = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
         x = x * sum(self.widen(F.relu(self.squeeze(p))) for p in pooled).sigmoid()
         place = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         return self.gain * x * self.mix(place).sigmoid()
 
-# %% ../../nbs/04_model/01_multihead.ipynb #4ce08a2f
+# %% ../../nbs/04_model/01_multihead.ipynb #36de4ca0
 class MultiHead(nn.Module):
-    """All heads of a partition in one 1x1 convolution a level.
+    """All heads of a partition in one 1x1 convolution per level.
 
-    `partition` says which class belongs to which head; `channels` are those of the trunk's maps; `implicit` adds the
-    vectors of YOLOv7. Maps (B, C, H, W) become raw maps (B, A (5 nh + nc), H, W): per anchor `tx ty tw th obj` of each
-    head, then the classes in global order; with `boxes="shared"` the box rows exist once, and `spread` says which row
-    is which (`head_channels`). Buffers `head_of (nc,)`, `anchors (levels, A, 2)` px. A partition is checked where it is
-    made; a number of maps that is not 3 raises `ValueError`. With `adapter` every head reads the features through an
-    `Adapter` of that kind. Source: own; for one head Wang, Bochkovskiy, Liao 2022.
+    Maps (B, C, H, W) become raw maps (B, A (5 nh + nc), H, W): per anchor `tx ty tw th obj` of each
+    head, then the classes in global order. With shared boxes there are A (4 + nh + nc) channels.
+
+    Parameters
+    ----------
+    partition : Partition
+        Which class belongs to which head.
+    channels : sequence of int
+        Channels of the trunk's maps, one per level.
+    implicit : bool
+        Add the learned vectors of YOLOv7: one added to the input, one factor on the output.
+    anchors : nested list or Tensor (L, A, 2)
+        w, h, px of the input.
+    strides : sequence of int
+        px per cell of each level.
+    boxes : {"head", "shared"}
+        Box channels for every head, or once for all heads.
+    adapter : {"none", "bottleneck", "cbam"}
+        Every head reads the features through an `Adapter` of this kind.
+
+    Attributes
+    ----------
+    nh, nc, na : int
+        Heads, classes, anchors per cell.
+    channels_per_anchor : int
+        Output channels of one anchor.
+    channel_of : list of int (5 nh + nc,)
+        Channel of every output of an anchor (`head_channels`).
+    head_of : Tensor (nc,) int64
+        Head of every class.
+    anchors : Tensor (L, A, 2)
+        w, h, px of the input.
+
+    Raises
+    ------
+    ValueError
+        Not as many maps as strides.
+
+    References
+    ----------
+    Wang, Bochkovskiy, Liao 2022 (YOLOv7), for one head.
     """
 
     def __init__(
@@ -131,31 +176,22 @@ class MultiHead(nn.Module):
         super().__init__()
         if len(channels) != len(strides):
             raise ValueError(f"{len(channels)} maps for {len(strides)} strides")
-        self.partition, self.nh, self.nc, self.strides = (
-            partition,
-            partition.nh,
-            partition.nc,
-            tuple(strides),
-        )
+        self.partition = partition
+        self.nh, self.nc = partition.nh, partition.nc
+        self.strides = tuple(strides)
         self.register_buffer("head_of", torch.tensor(partition.head_of), persistent=False)
         self.register_buffer("anchors", torch.as_tensor(anchors, dtype=torch.float32))
-        self.boxes, self.adapter, self.spread = (
-            boxes,
-            adapter,
-            head_channels(self.nh, self.nc, boxes),
-        )
-        self.na, self.rows = self.anchors.shape[1], max(self.spread) + 1
-        self.m = nn.ModuleList(nn.Conv2d(c, self.na * self.rows, 1) for c in channels)
-
-        def noise(sizes):
-            return [torch.randn(1, n, 1, 1) * 0.02 for n in sizes]
-
-        self.ia = nn.ParameterList(noise(channels)) if implicit else None
-        self.im = (
-            nn.ParameterList(1 + n for n in noise([self.na * self.rows] * len(channels)))
-            if implicit
-            else None
-        )
+        self.boxes = boxes
+        self.adapter = adapter
+        self.channel_of = head_channels(self.nh, self.nc, boxes)
+        self.na = self.anchors.shape[1]
+        self.channels_per_anchor = max(self.channel_of) + 1
+        out = self.na * self.channels_per_anchor
+        self.m = nn.ModuleList(nn.Conv2d(c, out, 1) for c in channels)
+        self.ia = self.im = None
+        if implicit:
+            self.ia = nn.ParameterList(torch.randn(1, c, 1, 1) * 0.02 for c in channels)
+            self.im = nn.ParameterList(1 + torch.randn(1, out, 1, 1) * 0.02 for _ in channels)
         kinds = [adapter] * (self.nh if adapter != "none" else 0)
         self.adapters = nn.ModuleList(
             nn.ModuleList(Adapter(c, kind) for kind in kinds) for c in channels
@@ -164,29 +200,32 @@ class MultiHead(nn.Module):
 
     @torch.no_grad()
     def init_bias(self):
-        for conv, stride in zip(self.m, self.strides):
-            b = conv.bias.view(self.na, self.rows)
-            b[:, self.spread[4 : 5 * self.nh : 5]] += math.log(8 / self.nh / (640 / stride) ** 2)
-            b[:, self.spread[5 * self.nh :]] += math.log(0.6 / (self.nc - 0.99))
+        "Set the bias to the prior: 8 objects per 640 px image over all heads, all classes alike."
+        objectness, classes = self.channel_of[4 : 5 * self.nh : 5], self.channel_of[5 * self.nh :]
+        for conv, stride in zip(self.m, self.strides, strict=True):
+            bias = conv.bias.view(self.na, self.channels_per_anchor)
+            bias[:, objectness] += math.log(8 / self.nh / (640 / stride) ** 2)
+            bias[:, classes] += math.log(0.6 / (self.nc - 0.99))
 
     def forward(self, maps):
-        ia, im = self.ia or [0.0] * len(self.m), self.im or [1.0] * len(self.m)
-        raws = [
-            conv(x if self.ia is None else a + x)
-            for conv, a, x in zip(self.m, ia, maps, strict=True)
-        ]
+        # raw = im * (W (ia + x) + b + W_h adapter_h(x)), where W_h are the channels of head h
+        if self.ia is None:
+            raws = [conv(x) for conv, x in zip(self.m, maps, strict=True)]
+        else:
+            raws = [conv(a + x) for conv, a, x in zip(self.m, self.ia, maps, strict=True)]
         for l, blocks in enumerate(self.adapters):
             for h, block in enumerate(blocks):
-                rows = self.rows_of(h)
-                raws[l] = raws[l].index_add(
-                    1, rows, F.conv2d(block(maps[l]), self.m[l].weight[rows])
-                )
-        return raws if self.im is None else [k * raw for k, raw in zip(im, raws)]
+                own = self.channels_of(h)
+                added = F.conv2d(block(maps[l]), self.m[l].weight[own])
+                raws[l] = raws[l].index_add(1, own, added)
+        if self.im is None:
+            return raws
+        return [k * raw for k, raw in zip(self.im, raws, strict=True)]
 
-    def rows_of(self, h):
-        "Channels that head h alone answers with: its box rows unless they are shared, objectness, classes."
-        own = self.spread[5 * h + (4 if self.boxes == "shared" else 0) : 5 * h + 5]
-        own += [self.spread[5 * self.nh + c] for c in self.partition.heads[h].classes]
-        return torch.tensor(
-            [a * self.rows + r for a in range(self.na) for r in own], device=self.head_of.device
-        )
+    def channels_of(self, h):
+        "Output channels of head h alone: its box unless boxes are shared, objectness and classes."
+        first = 4 if self.boxes == "shared" else 0
+        own = self.channel_of[5 * h + first : 5 * h + 5]
+        own += [self.channel_of[5 * self.nh + c] for c in self.partition.heads[h].classes]
+        channels = [a * self.channels_per_anchor + r for a in range(self.na) for r in own]
+        return torch.tensor(channels, device=self.head_of.device)

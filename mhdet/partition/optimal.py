@@ -9,104 +9,172 @@ __all__ = ['optimal']
 import time
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 
-from .evidence import _pairs, class_ids, confusability, confused_pairs
-from .heads import Proof
-from .evidence import checked_counts
-from .strategies import _common, _fill, _grouped
-from .solver import Task, begin, deal, programme
+from mhdet.partition.evidence import (
+    check_counts,
+    class_ids,
+    confusability,
+    confused_pairs,
+    frequent_classes,
+    pair_ids,
+)
+from .heads import Partition, Proof
+from .solver import Task, feasible_start, solve, solve_milp
+from .strategies import fill_heads
 
 # %% ../../nbs/03_partition/04_optimal.ipynb #73d93614
 class _Rule(NamedTuple):
-    kind: str  # apart, together: two classes; alone: a class; boxes, classes: a factor
-    what: object
+    """One constraint on the partition.
+
+    `kind` is apart or together, with a pair of classes as `value`; alone, with a class; boxes or
+    classes, with the largest factor between heads.
+    """
+
+    kind: str
+    value: object
 
     def text(self, names):
         if self.kind in ("apart", "together"):
-            return f"{names[self.what[0]]} and {names[self.what[1]]} {self.kind}"
+            a, b = self.value
+            return f"{names[a]} and {names[b]} {self.kind}"
         if self.kind == "alone":
-            return f"{names[self.what]} alone"
-        return f"{self.kind} of the heads that are not alone within a factor {self.what:.6g}"
+            return f"{names[self.value]} alone"
+        return f"{self.kind} of the heads that are not alone within a factor {self.value:.6g}"
 
 
-def _rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance):
-    "Every wish as a rule."
-    for r in (imbalance, class_imbalance):
-        if r is not None and not r >= 1:
-            raise ValueError(f"an imbalance is 1 or more, got {r}")
-    apart = dict.fromkeys(tuple(sorted(p)) for p in _pairs(names, pairs))
-    alone = sorted(set(class_ids(names, solo)) | _common(counts, share))
-    return (
-        [_Rule("apart", p) for p in apart]
-        + [_Rule("together", p) for p in _pairs(names, join)]
-        + [_Rule("alone", c) for c in alone]
-        + [
-            _Rule(k, float(r))
-            for k, r in (("boxes", imbalance), ("classes", class_imbalance))
-            if r is not None
-        ]
-    )
+def _collect_rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance):
+    "All constraints as rules; arguments as in `optimal`."
+    for factor in (imbalance, class_imbalance):
+        if factor is not None and not factor >= 1:
+            raise ValueError(f"imbalance must be 1 or more, got {factor}")
+    rules = []
+    for pair in dict.fromkeys(tuple(sorted(p)) for p in pair_ids(names, pairs)):
+        rules.append(_Rule("apart", pair))
+    for pair in pair_ids(names, join):
+        rules.append(_Rule("together", pair))
+    for c in sorted(set(class_ids(names, solo)) | frequent_classes(counts, share)):
+        rules.append(_Rule("alone", c))
+    for kind, factor in (("boxes", imbalance), ("classes", class_imbalance)):
+        if factor is not None:
+            rules.append(_Rule(kind, float(factor)))
+    return rules
+
+# %% ../../nbs/03_partition/04_optimal.ipynb #7d86fa8e
+class _Problem(NamedTuple):
+    """The task that rules amount to.
+
+    `items` are lists of classes that stay together, `solo` the classes left out, `fixed_cost` what
+    the items cost in themselves.
+    """
+
+    items: list
+    solo: list
+    task: Task
+    fixed_cost: float
 
 
-def _task(rules, mass, counts, heads):
-    "Items, classes alone, the task of dealing the items, what they cost in themselves; None: plainly impossible."
-    nc, said = len(counts), lambda kind: [r.what for r in rules if r.kind == kind]
-    joined, alone = nx.Graph(said("together")), sorted(set(said("alone")), key=lambda c: -counts[c])
+def _build_problem(rules, values, counts, heads):
+    "The problem for confusabilities `values` (nc, nc); None where it is plainly infeasible."
+    import networkx as nx  # late: slow to import
+
+    nc = len(counts)
+
+    def rule_values(kind):
+        return [r.value for r in rules if r.kind == kind]
+
+    solo = sorted(set(rule_values("alone")), key=lambda c: -counts[c])
+    joined = nx.Graph(rule_values("together"))
     joined.add_nodes_from(range(nc))
-    items = sorted(
-        sorted(c) for c in nx.connected_components(joined) if len(c) > 1 or not c & set(alone)
-    )
-    left, member, apart = heads - len(alone), np.zeros((len(items), nc)), np.zeros((nc, nc))
+    items = []
+    for component in nx.connected_components(joined):
+        # a solo class that is joined to others is kept, and found infeasible below
+        if len(component) > 1 or not component & set(solo):
+            items.append(sorted(component))
+    items.sort()
+    member = np.zeros((len(items), nc))
     for i, item in enumerate(items):
         member[i, item] = 1
-    for a, b in said("apart"):
+    apart = np.zeros((nc, nc))
+    for a, b in rule_values("apart"):
         apart[a, b] = apart[b, a] = 1
-    rivals, cost = member @ apart @ member.T > 0, member @ mass @ member.T
-    if (
-        member[:, alone].any()
-        or rivals.diagonal().any()
-        or not (len(items) > 0) <= left <= len(items)
-    ):
+    apart = member @ apart @ member.T > 0
+    cost = member @ values @ member.T
+    heads_left = heads - len(solo)
+    enough_items = (len(items) > 0) <= heads_left <= len(items)
+    if member[:, solo].any() or apart.diagonal().any() or not enough_items:
         return None
-    fixed = cost.trace() / 2
+    fixed_cost = cost.trace() / 2
     np.fill_diagonal(cost, 0)
-    limits = np.array([min(said(kind), default=np.inf) for kind in ("boxes", "classes")])
-    return (
-        items,
-        alone,
-        Task(left, cost, rivals, np.stack([member @ counts, member.sum(1)]), limits),
-        fixed,
-    )
+    weights = np.stack([member @ counts, member.sum(1)])
+    limits = [min(rule_values(kind), default=np.inf) for kind in ("boxes", "classes")]
+    task = Task(heads_left, cost, apart, weights, np.array(limits))
+    return _Problem(items, solo, task, fixed_cost)
 
-# %% ../../nbs/03_partition/04_optimal.ipynb #4bef9ddb
-def _greedy(task, items, wished):
-    "Anti-confusion on items, to begin with; `wished` pairs of classes are kept apart where that is easy."
-    item, a = {c: i for i, group in enumerate(items) for c in group}, np.zeros(len(items), int)
-    foes = {i: set(np.flatnonzero(r).tolist()) for i, r in enumerate(task.rivals)}
-    for i, j in [(item[a], item[b]) for a, b in wished if a in item and b in item]:
+
+def _greedy_start(problem, pairs):
+    "Anti-confusion on items, as a start; `pairs` of classes are kept apart where that is easy."
+    task = problem.task
+    item_of = {c: i for i, item in enumerate(problem.items) for c in item}
+    conflicts = {i: set(np.flatnonzero(row).tolist()) for i, row in enumerate(task.apart)}
+    for a, b in pairs:
+        if a not in item_of or b not in item_of:
+            continue
+        i, j = item_of[a], item_of[b]
         if i != j:
-            foes[i].add(j), foes[j].add(i)
+            conflicts[i].add(j)
+            conflicts[j].add(i)
     boxes = task.weights[0]
-    for h, group in enumerate(_fill(np.argsort(-boxes, kind="stable"), boxes, task.heads, foes)):
-        a[group] = h
-    return a
+    order = np.argsort(-boxes, kind="stable")
+    assignment = np.zeros(len(problem.items), int)
+    for h, group in enumerate(fill_heads(order, boxes, task.heads, conflicts)):
+        assignment[group] = h
+    return assignment
 
+# %% ../../nbs/03_partition/04_optimal.ipynb #7584323a
+def _find_conflict(rules, counts, heads):
+    """A smallest set of rules that cannot all be kept: without any one of them the rest can.
 
-def _clash(rules, counts, heads):
-    "A smallest set of rules that cannot all be kept: without any one of them the rest can, as far as 5 s tell."
+    A rest counts as infeasible only if that is proven within 5 s.
+    """
+    no_cost = np.zeros((len(counts), len(counts)))
 
-    def possible(some):
-        made = _task(some, np.zeros((len(counts),) * 2), counts, heads)
-        return made is not None and (not made[0] or not programme(made[2], 5)[2])
+    def is_feasible(some):
+        problem = _build_problem(some, no_cost, counts, heads)
+        if problem is None:
+            return False
+        return not problem.items or not solve_milp(problem.task, 5)[2]
 
-    for r in rules:
-        if not possible(rest := [x for x in rules if x is not r]):
+    for rule in rules:
+        rest = [r for r in rules if r is not rule]
+        if not is_feasible(rest):
             rules = rest
     return rules
 
-# %% ../../nbs/03_partition/04_optimal.ipynb #0fa78f43
+# %% ../../nbs/03_partition/04_optimal.ipynb #fa8bb306
+def _limit_imbalance(task, start):
+    "The limit on boxes where none is given: that of the greedy start, or 1.05 if that is larger."
+    boxes = task.loads(start)[0]
+    if boxes.min() == 0:
+        return task
+    factor = max(1.05, boxes.max() / boxes.min())
+    return task._replace(limits=np.array([factor, task.limits[1]]))
+
+
+def _make_proof(problem, value, bound, unit, by_peak, seconds):
+    "The proof of a solved problem; value and bound are divided by `unit`."
+    value = float(problem.fixed_cost + value) / unit
+    bound = float(problem.fixed_cost + bound) / unit
+    words = ["boxes of the largest head" if by_peak else "confusability inside heads"]
+    for kind, limit in zip(("boxes", "classes"), problem.task.limits, strict=True):
+        if limit < np.inf:
+            words.append(f"{kind} within a factor {limit:.4g}")
+    gap = 1 - bound / value if value else 0.0
+    if gap <= 1e-7:  # rounding
+        gap = 0.0
+    return Proof(f"{', '.join(words)}; solo heads apart", value, bound, gap, seconds)
+
+
 def optimal(
     names,
     counts,
@@ -121,15 +189,15 @@ def optimal(
     time_limit=60.0,
     gap=0.0,
 ):
-    """The partition with the least confusability inside heads under the rules given, and a proof of how good it is.
+    """The partition with the least confusability inside heads under the given rules, with a proof.
 
-    Without a confusion matrix the most boxes of a head that is not solo are made as few as possible.
+    Without a confusion matrix the largest number of boxes in a head that is not solo is minimised.
 
     Parameters
     ----------
     names : list of str (nc,)
     counts : array (nc,) or None
-        Boxes per class; None: all alike.
+        Boxes per class; None: one each.
     heads : int
         1..nc, the solo ones included.
     confusion : array (nc, nc) or (nc + 1, nc + 1), optional
@@ -143,12 +211,12 @@ def optimal(
     share : float, optional
         Also solo: classes with more than this share of the boxes.
     imbalance : float, optional
-        The most boxes of a head over the fewest, solo heads apart, 1 or more; given a confusion matrix, that of the
-        greedy answer by default, or 1.05 if that is tighter.
+        The largest factor between the boxes of two heads that are not solo, 1 or more; given a
+        confusion matrix, by default that of the greedy start, or 1.05 if that is larger.
     class_imbalance : float, optional
         The same for classes.
     time_limit : float
-        Seconds for everything; what was found by then is returned with its gap.
+        For everything, s; what was found by then is returned with its gap.
     gap : float
         Relative gap that is good enough, 0 for proven optimal.
 
@@ -161,60 +229,36 @@ def optimal(
     ------
     ValueError
         Rules that cannot all be kept (a smallest such set is named); as `anti_confusion`.
-
-    References
-    ----------
-    own; see chapter 05b for search, bound and proof.
     """
-    start, counts = time.monotonic(), checked_counts(names, heads, counts)
-    until, rules = (
-        start + time_limit,
-        _rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance),
-    )
-    mass = confusability(
-        np.zeros((len(names),) * 2) if confusion is None else confusion, len(names)
-    )
-    found = _task(rules, mass, counts, heads)
-    if found:
-        items, lone, task, fixed = found
-        if not items:
-            return _grouped(names, [[c] for c in lone], "mixed", "optimal")
-        wished = [] if confusion is None else confused_pairs(confusion, names, len(names))
+    start_time = time.monotonic()
+    until = start_time + time_limit
+    counts = check_counts(names, heads, counts)
+    rules = _collect_rules(names, counts, pairs, join, solo, share, imbalance, class_imbalance)
+    nc = len(names)
+    by_peak = confusion is None
+    values = confusability(np.zeros((nc, nc)) if by_peak else confusion, nc)
+    problem = _build_problem(rules, values, counts, heads)
+    start = None
+    if problem is not None:
+        solo_groups = [[c] for c in problem.solo]
+        if not problem.items:
+            return Partition.from_groups(solo_groups, names, "mixed", "optimal")
+        confused = [] if by_peak else confused_pairs(confusion, names, nc)
         try:
-            a = begin(task, _greedy(task, items, wished), until)
+            start = feasible_start(problem.task, _greedy_start(problem, confused), until)
         except TimeoutError as e:
             raise ValueError(f"{e} in {time_limit:.4g} s; allow more, or loosen a rule") from None
-    if not found or a is None:
-        clash = "; ".join(r.text(names) for r in _clash(rules, counts, heads))
-        raise ValueError(f"no partition into {heads} heads has all of: {clash}")
-    if confusion is not None and imbalance is None and (boxes := task.loads(a)[0]).min() > 0:
-        task = task._replace(
-            limits=np.array([max(1.05, boxes.max() / boxes.min()), task.limits[1]])
-        )
-    a, value, bound = deal(task, a, until, gap, peak=confusion is None)
-    whole = 1 if confusion is None else max(mass.sum() / 2, 1e-12)
-    value, bound = (float(fixed + v) / whole for v in (value, bound))
-    limits = [
-        f"{k} within a factor {r:.4g}"
-        for k, r in zip(("boxes", "classes"), task.limits)
-        if r < np.inf
-    ]
-    words = ", ".join(
-        [
-            "boxes of the largest head" if confusion is None else "confusability inside heads",
-            *limits,
-        ]
-    )
-    loss = 1 - bound / value if value else 0.0
-    proof = Proof(
-        f"{words}; solo heads apart",
-        value,
-        bound,
-        loss if loss > 1e-7 else 0.0,
-        time.monotonic() - start,
-    )
-    groups = [
-        sorted(c for i in np.flatnonzero(a == h) for c in items[i]) for h in range(task.heads)
-    ]
-    groups.sort(key=lambda g: -counts[g].sum())
-    return _grouped(names, [[c] for c in lone] + groups, "mixed", "optimal", proof)
+    if start is None:
+        conflict = "; ".join(r.text(names) for r in _find_conflict(rules, counts, heads))
+        raise ValueError(f"no partition into {heads} heads has all of: {conflict}")
+    if not by_peak and imbalance is None:
+        problem = problem._replace(task=_limit_imbalance(problem.task, start))
+    assignment, value, bound = solve(problem.task, start, until, gap, peak=by_peak)
+    unit = 1 if by_peak else float(max(values.sum() / 2, 1e-12))
+    proof = _make_proof(problem, value, bound, unit, by_peak, time.monotonic() - start_time)
+    groups = []
+    for h in range(problem.task.heads):
+        members = np.flatnonzero(assignment == h)
+        groups.append(sorted(c for i in members for c in problem.items[i]))
+    groups.sort(key=lambda group: -counts[group].sum())
+    return Partition.from_groups(solo_groups + groups, names, "mixed", "optimal", proof)
