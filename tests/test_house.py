@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CFG = configparser.ConfigParser(delimiters=["="])
@@ -580,6 +581,12 @@ def test_a_stale_readme_is_found(tmp_path):
     (tmp_path / "README.md").write_text("old")
     assert "stale" in stale(tmp_path / "README.md", "new")[0]
     assert "missing" in stale(tmp_path / "absent.md", "new")[0]
+
+
+def test_the_drawing_of_imports_is_fresh():
+    "python docs/build.py imports"
+    with Image.open(ROOT / "nbs/figures/imports.png") as drawing:
+        assert drawing.text["Description"] == build().imports_text()
 
 
 def test_public_names_are_lazy():
