@@ -106,7 +106,7 @@ BAD = {
     "train epoch=3": "unknown key 'epoch'; did you mean 'epochs'?",
     "train --config key.yaml": "key.yaml: unknown key 'learning_rate'",
     "train --config bad.yaml": "bad.yaml: not YAML",
-    "train reduce=sum": "reduce: Invalid enum value 'sum'",
+    "train reduce=sum": "reduce: must be 'head' or 'trunk', got 'sum'",
     "train --data data --heads twice.yaml": "twice.yaml: class 'b' (1) is in heads 0 and 1",
     "train --data data --heads none.yaml": "'c' (2) is in no head",
     "train --data data --heads other.yaml": (
@@ -184,7 +184,9 @@ BAD = {
     ),
     "partition --confusion absent.csv": "absent.csv: no such file",
     "partition --strategy standard --data data": "standard is made for COCO's 80 classes",
-    "partition --strategy random --num-heads 9 --data data": "heads must be 1..6",
+    "partition --strategy random --num-heads 9 --data data": (
+        "--num-heads: must be 1..6 for 6 classes, got 9"
+    ),
     "split base --heads twice.yaml --out x": "twice.yaml: class 'b' (1) is in heads 0 and 1",
     "split base --heads two.yaml --out base": "runs/base: exists already",
     "plot absent": "absent: no run there",
@@ -197,7 +199,8 @@ BAD = {
     "export base --out two.yaml": "two.yaml: exists already; give another --out",
     "export base --out m.onnx --one-label": "'one_label' changes nothing without --nms",
     "runs base": "expected no name, got base",
-    "train --fast": "; a config key is written fast=...",
+    "train --fast": "No such option: --fast",
+    "train --epochs 3": "No such option: --epochs; a config key is written epochs=...",
     "train data": "expected no name, got data; a data set is given as --data data",
     "study data": "data is a file or folder, not a name for a study; data are given as --data data",
     "partition --num-heads many": "Invalid value for '--num-heads'",
