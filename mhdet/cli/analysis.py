@@ -582,6 +582,12 @@ def _read_wishes(pairs, names, strategy):
     return wishes
 
 
+def _check_num_heads(num_heads, strategy, nc):
+    "Refuse more heads than classes; standard and single have a number of their own."
+    if num_heads > nc and strategy not in ("standard", "single"):
+        raise ValueError(f"--num-heads: must be 1..{nc} for {nc} classes, got {num_heads}")
+
+
 def _pairs_to_separate(evidence, wishes, k, threshold):
     "Pairs that were wished apart, and the most confused ones."
     from mhdet.partition.evidence import confused_pairs
@@ -598,7 +604,7 @@ def _partition(
     names,
     chosen,
     strategy: str = option("anti_confusion", f"{', '.join(STRATEGIES)}."),
-    num_heads: int = option(4, "Number of heads."),
+    num_heads: int = option(4, "Number of heads.", min=1),
     heads: str = option(None, "Not here: this command makes the head file.", hidden=True),
     confusion: str = option(None, "Confusion CSV, instead of a RUN."),
     pairs: str = option(None, "YAML of pairs, solo classes, classes together."),
@@ -634,6 +640,7 @@ def _partition(
     _check_strategy(strategy, confusion or names, pairs, chosen.get("data"), counts)
     confusions = find_confusions(names, chosen, conf=conf) if names else None
     evidence = gather_evidence(confusion, counts, chosen, confusions)
+    _check_num_heads(num_heads, strategy, len(evidence.names))
     wishes = _read_wishes(pairs, evidence.names, strategy)
     apart = _pairs_to_separate(evidence, wishes, k, threshold)
     if share is None and evidence.boxes is not None:

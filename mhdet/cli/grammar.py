@@ -24,6 +24,15 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 # %% ../../nbs/11_cli/00_grammar.ipynb #bd5f29f8
+def _key_hint(error):
+    "How to write an option that is not there, where it is a config key."
+    from mhdet.core.config import GROUP
+
+    name = getattr(error, "option_name", "").strip("-")
+    unknown = type(error).__name__ == "NoSuchOption"  # not an option without its value
+    return f"; a config key is written {name}=..." if unknown and name in GROUP else ""
+
+
 def error_line(error):
     """An error as one line of text.
 
@@ -37,11 +46,8 @@ def error_line(error):
         The message alone for errors that explain themselves (`ValueError`, `KeyError`, `OSError`,
         those of the command line); with the type in front for any other.
     """
-    unknown_option = getattr(error, "option_name", "").strip("-")
-    if unknown_option:
-        text = f"{error.format_message()}; a config key is written {unknown_option}=..."
-    elif hasattr(error, "format_message"):
-        text = error.format_message()
+    if hasattr(error, "format_message"):
+        text = error.format_message() + _key_hint(error)
     elif isinstance(error, KeyError):
         text = str(error.args[0]) if error.args else "KeyError"
     elif isinstance(error, OSError) and error.strerror:

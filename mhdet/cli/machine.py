@@ -59,9 +59,11 @@ def _options(names, chosen):
     rows = select_options(options(), names)
     shown = []
     for row in rows:
-        default = "none" if row["default"] is None else str(row["default"]).lower()
-        if isinstance(row["default"], str):
-            default = row["default"]
+        default = row["default"]
+        if default is None:
+            default = "null"  # as YAML and `key=value` write it
+        elif not isinstance(default, str):
+            default = str(default).lower()
         cells = {"key": row["key"], "default": default, "unit": row["unit"]}
         shown.append(cells | {"meaning": row["meaning"], "allowed": row["allowed"]})
     # one table, so that the columns of all groups are aligned, cut where a group begins

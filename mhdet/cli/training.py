@@ -64,7 +64,7 @@ def _split(
     heads: str = option(..., "Head file."),
     out: str = option(..., "Name or path of the new run."),
 ):
-    "Split a trained head into several; the detections stay the same."
+    "Split a trained head into several; detections do not change."
     from mhdet.core.runs import new_run, note_run
     from mhdet.experiment.run import load_run
     from mhdet.model.surgery import split_heads

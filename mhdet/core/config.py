@@ -368,6 +368,20 @@ def _ranges(name):
     return "; ".join(text for text in texts if text)
 
 
+def _shown(value):
+    "A value as error messages quote it."
+    if value is None:
+        return "null"
+    return (repr(value) if isinstance(value, str) else str(value))[:200]
+
+
+def _value_at(value, path):
+    "The value inside lists and dicts that a path of numbers and names leads to."
+    for step in path:
+        value = value[int(step)] if isinstance(value, list | tuple) else value[step]
+    return value
+
+
 def _complaint(message, groups, origin):
     "msgspec's message with the place the value came from and the value itself."
     # its messages end in the place: "Expected `int`, got `str` - at `$.training.epochs`"
@@ -376,11 +390,14 @@ def _complaint(message, groups, origin):
     wrong = message.split(" - at")[0]
     if not name:
         return f"{', '.join(dict.fromkeys(origin.values()))}: {wrong}"
-    value = groups[GROUP[name]][name]
-    if isinstance(value, int | float) and "got" not in wrong:
-        wrong += f", got {value}"
+    value = _value_at(groups[GROUP[name]][name], path[2:])
     if wrong.startswith("Invalid enum value"):
-        wrong += f"; must be one of {_ranges(name)}"
+        *others, last = [repr(choice) for choice in _ranges(name).split(", ")]
+        wrong = f"must be {', '.join(others)} or {last}, got {_shown(value)}"
+    elif isinstance(value, int | float) and "got" not in wrong:
+        wrong += f", got {value}"
+    else:  # the value says more than its type
+        wrong = re.sub(r"got `\w+`$", lambda _: f"got {_shown(value)}", wrong)
     return f"{origin[name]}: {name}: {wrong}"
 
 

@@ -18,6 +18,17 @@ import msgspec
 import yaml
 
 # %% ../../nbs/00_core/00_files.ipynb #d077d272
+def _reason(error):
+    "What a parser complains about, on one line; of YAML's two places only the later one."
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        parts = (error.context, error.problem, f"line {line}, column {column}")
+        text = ", ".join(part for part in parts if part)
+    text = " ".join(text.split())
+    return text.replace(' in "<byte string>"', "").replace(' in "<unicode string>"', "")[:300]
+
+
 def parsed(where, kind, parse):
     """Call a parser and turn whatever it raises into one line.
 
@@ -43,8 +54,7 @@ def parsed(where, kind, parse):
     try:
         return parse()
     except Exception as e:
-        reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{where}: not {kind} ({reason})") from None
+        raise ValueError(f"{where}: not {kind} ({_reason(e)})") from None
 
 # %% ../../nbs/00_core/00_files.ipynb #351f0b12
 class UniqueKeyLoader(yaml.SafeLoader):

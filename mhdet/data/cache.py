@@ -20,6 +20,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 from filelock import FileLock
 
+from ..core.files import write_atomic
+
 # %% ../../nbs/01_data/05_cache.ipynb #e233118e
 def content_key(*parts):
     """A name for what is made from these parts: other parts give another name.
@@ -110,7 +112,8 @@ def _make(folder, key, shape, fill):
         notes = fill(array)
         array.flush()
         side = json.dumps(dict(key=key, shape=shape, notes=notes))
-        path.with_suffix(".json").write_text(side, encoding="utf8")
+        write_atomic(path.with_suffix(".json"), side.encode())
+        # flush has put the bytes on disk; if a crash loses the new name, the cache is made again
         os.replace(part, path)
         return _stored(path, shape)
     except BaseException:  # Ctrl-C too leaves nothing behind

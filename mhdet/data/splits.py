@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from ..core.files import read_yaml
+from ..core.files import read_yaml, write_atomic
 from mhdet.data.readers import (
     _image_size,
     _refuse_lost,
@@ -276,7 +276,7 @@ def _write_copy(records, split, size, out):
 
     _each(shrink, len(records))
     content = msgspec.json.encode(_coco_content(records, names, sizes))
-    (out / f"annotations/instances_{split}.json").write_bytes(content)
+    write_atomic(out / f"annotations/instances_{split}.json", content)
 
 
 def resize_copy(splits, size, out):
