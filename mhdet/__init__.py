@@ -1,9 +1,9 @@
-"""One backbone, several class-specialised heads: split a trained detector by class and measure whether it helps."""
+"""Split a trained detector's head by class, and measure whether several heads help."""
 
 __version__ = "0.1.0"
 
-# Public name -> the module it comes from. Nothing is imported before it is used (PEP 562): `mhdet --help` and
-# `import mhdet` stay far below half a second, although torch alone takes several.
+# Public name -> the module it comes from. Nothing is imported before it is used (PEP 562):
+# `mhdet --help` and `import mhdet` stay far below half a second, although torch takes several.
 _HOME = {
     "load_config": "core.config",
     "open_data": "data.splits",

@@ -296,6 +296,7 @@ def opening(ch):
     "The first cell is the title and, as a blockquote, one question."
     first = ch.cells[0].markdown if ch.cells else ""
     good = re.fullmatch(r"# [^\n]+\n\n> [^\n]+\??", first.strip())
+    good = good and max(map(len, first.splitlines())) <= 96  # a line of the module's docstring
     return [] if good else [f"{ch.name} does not open with a title and a question"]
 
 
