@@ -22,8 +22,9 @@ from processes import LIMIT
 from mhdet.core.config import DataConfig
 from mhdet.data.augment import affine, compose, hflip, random_matrix
 from mhdet.data.boxes import to_xyxy, unletterbox
+from mhdet.data.coco import read_coco
 from mhdet.data.dataset import DetDataset, loader
-from mhdet.data.readers import ClassMap, Records, read_coco
+from mhdet.data.records import ClassMap, Records
 from mhdet.data.splits import census, check_images, open_data, resize_copy
 from mhdet.data.toy import toy_dataset
 

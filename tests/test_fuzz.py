@@ -24,8 +24,10 @@ from PIL import Image
 from mhdet.core.config import Config, load_config
 from mhdet.core.files import read_yaml
 from mhdet.core.runs import JsonLog
-from mhdet.data.readers import VOC, read_coco, read_voc, read_yolo
+from mhdet.data.coco import read_coco
 from mhdet.data.splits import open_data
+from mhdet.data.voc import VOC, read_voc
+from mhdet.data.yolo import read_yolo
 from mhdet.evaluation.confusion import read_confusion
 from mhdet.evaluation.results import read_gt, read_results
 from mhdet.partition.evidence import read_counts, read_pairs
