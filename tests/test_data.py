@@ -4,6 +4,7 @@ Broken files, random boxes, workers that are killed, real data sets.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -265,7 +266,9 @@ def test_workers_leave_signals_to_the_main_process(number):
     batches = iter(loader(DetDataset(toy_dataset(64, size=64), 64), 8, workers=2))
     for _ in range(2):  # so that both workers have begun
         next(batches)
-    for w in batches._workers:
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for w in workers:
         os.kill(w.pid, number)  # as Ctrl-C does, to the whole group
     assert len(list(batches)) == 6
 
