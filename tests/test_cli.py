@@ -135,7 +135,7 @@ BAD = {
     "eval base@7": "there is best, last",
     "eval base --split test": "no split 'test'",
     "eval base --data toy:16": "toy:16: its classes are not those of run base",
-    "eval --gt bad.yaml --dt bad.yaml": "bad.yaml: not JSON",
+    "eval --gt bad.yaml --dt bad.yaml": "bad.yaml: not YAML",
     "confuse": "expected either a RUN, or --gt and --dt",
     "errors": "expected either a RUN, or --gt and --dt",
     "errors base --gt G --dt a.json": "expected either a RUN, or --gt and --dt",
@@ -151,7 +151,7 @@ BAD = {
     "confuse --gt G --dt negative.json": (
         "negative.json: 1 of 100 entries have a box that is not finite or of negative size"
     ),
-    "compare --gt G --a a.json --b dict.json": "dict.json: expected a list of detections, got dict",
+    "compare --gt G --a a.json --b dict.json": "dict.json: expected a list of detections, or an object with 'annotations'",
     "compare --gt bare.json --a a.json --b a.json": (
         "bare.json: no annotations, so there is nothing to detect"
     ),
