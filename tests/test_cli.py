@@ -151,7 +151,9 @@ BAD = {
     "confuse --gt G --dt negative.json": (
         "negative.json: 1 of 100 entries have a box that is not finite or of negative size"
     ),
-    "compare --gt G --a a.json --b dict.json": "dict.json: expected a list of detections, or an object with 'annotations'",
+    "compare --gt G --a a.json --b dict.json": (
+        "dict.json: expected a list of detections, or an object with 'annotations'"
+    ),
     "compare --gt bare.json --a a.json --b a.json": (
         "bare.json: no annotations, so there is nothing to detect"
     ),
