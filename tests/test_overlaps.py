@@ -64,16 +64,21 @@ def are_same(*files):
 
 @pytest.fixture
 def settled(monkeypatch):
-    "Files just written count as old ones; nothing is known of any; returns the calls of a decode."
-    calls, really = [], overlaps.read_image
+    "Files just written count as old ones; nothing is known of any; names of those decoded whole."
+    calls, decode, read = [], overlaps._decode, overlaps.read_image
 
-    def counted(path):
+    def counted_decode(image):
+        calls.append(Path(image.filename).name)
+        return decode(image)
+
+    def counted_read(path):
         calls.append(Path(path).name)
-        return really(path)
+        return read(path)
 
     monkeypatch.setattr(overlaps, "_SETTLED", -(10**18))
     monkeypatch.setattr(overlaps, "_memory", {})
-    monkeypatch.setattr(overlaps, "read_image", counted)
+    monkeypatch.setattr(overlaps, "_decode", counted_decode)
+    monkeypatch.setattr(overlaps, "read_image", counted_read)
     return calls
 
 
@@ -259,6 +264,24 @@ def test_nearly_one_colour_is_not_noted(tmp_path, suffix, image):
     image.save(file, **(dict(quality=100) if suffix == ".jpg" else {}))
     assert np.ptp(np.asarray(read_image(file)).reshape(-1, 3), 0).any()
     assert noted(records_of([file]), None) == {}
+
+
+def test_unusual_depth_is_noted(tmp_path):
+    "Scaled by what the file holds, and said; 8 bits, and all 16, are plain."
+    grey = np.asarray(drawing(0).convert("L"))
+    kinds = {
+        "plain.png": grey,
+        "all16.png": grey.astype(np.uint16) * 257,
+        "twelve.png": grey.astype(np.uint16) * 16,
+        "floats.tif": (grey / 255).astype(np.float32),
+    }
+    for name, values in kinds.items():
+        Image.fromarray(values).save(tmp_path / name)
+    found = noted(records_of([tmp_path / name for name in kinds]), None)
+    places = [p.rpartition("/")[2] for p in found["pixels scaled to 8 bits"]]
+    assert places == ["twelve.png: 12 bits", "floats.tif: floats from 0 to 1"]
+    # after scaling they show the same, give or take the rounding of floats
+    assert len(found["same image twice"]) >= 2
 
 
 # Copies of a file.
