@@ -108,7 +108,8 @@ def test_a_killed_sweep_leaves_its_row_alive_and_the_next_one_leaves_it_alone(he
 
 
 def test_one_row_of_an_array_and_a_row_that_fails(here):
-    Path("sweep-c.yaml").write_text(BASE % 1 + "rows: {good: {}, bad: {weights: absent}, fine: {}}")
+    bad = "bad: {obj_gain: 1.0e+300, restarts: 0}"
+    Path("sweep-c.yaml").write_text(BASE % 1 + f"rows: {{good: {{}}, {bad}, fine: {{}}}}")
     code, out, _ = mhdet("sweep sweep-c.yaml --list")
     assert code == 0 and [s.split()[:3] for s in out.splitlines()] == [
         ["mhdet", "train", f"run=c/{n}_s0"] for n in ("good", "bad", "fine")
@@ -117,14 +118,14 @@ def test_one_row_of_an_array_and_a_row_that_fails(here):
     assert mhdet("sweep sweep-c.yaml --row 2")[0] == 0
     assert mhdet("sweep sweep-c.yaml --list")[1].splitlines()[2] == "# fine_s0 is finished"
     code, out, err = mhdet("sweep sweep-c.yaml --jobs 2 max_hours=1e-6")
-    assert code == 1 and "bad_s0: failed, mhdet: absent: no run there" in err
+    assert code == 1 and "bad_s0: failed, mhdet: step 0: loss is not finite" in err
     table = pd.read_csv("runs/c/sweep.csv")
-    assert table["state"].tolist() == ["max_hours", "failed", "finished"] and table[
-        "epoch"
-    ].isna().tolist() == [False, True, False]
-    assert {"name", "weights", "seed", "AP50", "best", "commit", "device", "date"} <= set(table)
+    assert table["state"].tolist() == ["max_hours", "failed", "finished"]
+    assert table["epoch"].tolist() == [0, 0, 1]
+    assert {"name", "obj_gain", "seed", "AP50", "best", "commit", "device", "date"} <= set(table)
     assert {r["run"]: r["state"] for r in json.loads(mhdet("runs --json")[1])} == {
         "c/good_s0": "max_hours",
+        "c/bad_s0": "failed",
         "c/fine_s0": "finished",
     }
 
