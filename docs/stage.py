@@ -55,6 +55,7 @@ BEGIN = [
     "nbs/tutorials/compare",
     "docs/coco",
     "docs/from_yolov7",
+    "docs/results",
     "docs/scale",
     "docs/remote",
     "docs/colab",
