@@ -29,7 +29,8 @@ from mhdet.data.splits import open_data
 from mhdet.data.voc import VOC, read_voc
 from mhdet.data.yolo import read_yolo
 from mhdet.evaluation.confusion import read_confusion
-from mhdet.evaluation.results import read_gt, read_results
+from mhdet.evaluation.foreign import read_predictions
+from mhdet.evaluation.results import read_gt, read_results, read_truth
 from mhdet.partition.evidence import read_counts, read_pairs
 from mhdet.partition.heads import load_heads
 from mhdet.partition.strategies import STANDARD, read_groups, standard
@@ -584,6 +585,43 @@ def test_results_and_ground_truth(base):
         return out
 
     many(90, damage)
+
+
+def test_results_of_others(base):
+    "Nothing that the strict reader refuses is read without a word, and nothing else changes."
+    root, file, truth = base / "files", base / "files/some.json", base / "files/truth.json"
+    clean = coco()
+    truth.write_text(json.dumps(clean))
+    source = read_truth(truth)
+    results = [dict(n, score=0.5) for n in clean["annotations"]]
+    wrapped = clean | dict(annotations=results)
+
+    def damage(draw):
+        file.write_bytes(damaged(draw, one_of(draw, [results, wrapped]), as_json))
+        said = []
+
+        def read():
+            with warnings.catch_warnings(record=True) as lines:
+                warnings.simplefilter("always")
+                out = read_predictions(file, source)
+            said.extend(lines)
+            return out
+
+        out = judged(read, root)
+        if out is None:
+            return None
+        data = json.loads(file.read_bytes())
+        if isinstance(data, dict):
+            return out
+        try:
+            strict = read_results(file, source.ids, source.category_ids)
+        except ValueError:
+            assert said
+            return out
+        assert said or all((out[k] == strict[k]).all() for k in strict)
+        return out
+
+    many(120, damage)
 
 
 # Tables.
