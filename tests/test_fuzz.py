@@ -25,6 +25,7 @@ from mhdet.core.config import Config, load_config
 from mhdet.core.files import read_yaml
 from mhdet.core.runs import JsonLog
 from mhdet.data.coco import read_coco
+from mhdet.data.records import effect_of
 from mhdet.data.splits import open_data
 from mhdet.data.voc import VOC, read_voc
 from mhdet.data.yolo import read_yolo
@@ -230,11 +231,9 @@ def rows_of(records):
     return bag
 
 
-OF_IMAGES = {"image without file", "unreadable image", "image listed twice", "image without XML"}
-
-
 def left_out(records):
-    return sum(len(v) for k, v in records.problems.items() if k not in OF_IMAGES)
+    skipped = [v for k, v in records.problems.items() if effect_of(k) == "box skipped"]
+    return sum(map(len, skipped))
 
 
 def agree(records, n, true):

@@ -425,6 +425,21 @@ def test_boxes_given_twice_are_kept(tmp_path):
     assert len(records.gt["label"]) == 3 and len(repeated_boxes(records)) == 2
 
 
+def test_annotation_ids_given_twice(tmp_path):
+    "Listed once each, of whatever type; annotations without id, or with none that is one, are not."
+    drawing(0).save(tmp_path / "a.png")
+    ids = [3, 3.0, "3", "x", "x", "x", None, None, [3], True, True, 4]
+    box = dict(image_id=1, category_id=1, bbox=[5, 5, 20, 30])
+    notes = [box | {"id": i, "bbox": [k, 5, 20, 30]} for k, i in enumerate(ids)] + [box, box]
+    content = dict(images=[dict(id=1, file_name="a.png")], categories=[dict(id=1, name="car")])
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(content | {"annotations": notes}))
+    records = read_coco(file)
+    places = ["train.json: annotation 3", "train.json: annotation x"]
+    assert records.problems == {"same annotation id twice": places}
+    assert len(records.gt["label"]) == len(notes)
+
+
 # What is kept between calls.
 
 
