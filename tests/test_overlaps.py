@@ -116,6 +116,16 @@ def test_a_jpeg_saved_without_loss_is_the_same(tmp_path, kind, name, size):
     assert are_same(jpeg, tmp_path / name)
 
 
+@pytest.mark.parametrize("size", [LARGE, SMALL], ids=str)
+def test_cmyk(tmp_path, size):
+    "Light and dark mix otherwise in four inks than in three lights."
+    rng = np.random.default_rng(0)
+    inks = rng.integers(0, 2, (40, 40, 4)).astype(np.uint8) * 255
+    Image.fromarray(inks, "CMYK").resize(size, Image.NEAREST).save(tmp_path / "a.jpg")
+    read_image(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    assert are_same(tmp_path / "a.jpg", tmp_path / "a.png")
+
+
 def cut_app_segments(data):
     "A JPEG without its APPn segments (JFIF, EXIF) and comments."
     out, at = data[:2], 2
@@ -495,6 +505,21 @@ def test_what_changes_is_decoded_again(tmp_path, settled):
     assert fingerprints(records, cache)[0].constant and settled == []
     changed.unlink()
     assert fingerprints(records, cache)[0].error.startswith("FileNotFoundError")
+
+
+def test_an_error_is_not_kept(tmp_path, settled, monkeypatch):
+    "The file may be good, and memory short for a moment."
+    records, cache = some_files(tmp_path / "images"), tmp_path / "cache"
+
+    def fails(image):
+        raise MemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr(overlaps, "_decode", fails)
+        errors = [f.error for f in fingerprints(records, cache)]
+        assert errors == ["MemoryError: ", ""] * 3
+    assert [f.error for f in fingerprints(records, cache)] == [""] * 6
+    assert len(settled) == 3
 
 
 def test_files_just_written_are_not_kept(tmp_path, settled, monkeypatch):
