@@ -118,10 +118,11 @@ def test_a_jpeg_saved_without_loss_is_the_same(tmp_path, kind, name, size):
 
 @pytest.mark.parametrize("size", [LARGE, SMALL], ids=str)
 def test_cmyk(tmp_path, size):
-    "Light and dark mix otherwise in four inks than in three lights."
-    rng = np.random.default_rng(0)
-    inks = rng.integers(0, 2, (40, 40, 4)).astype(np.uint8) * 255
-    Image.fromarray(inks, "CMYK").resize(size, Image.NEAREST).save(tmp_path / "a.jpg")
+    "Pixels of cyan and black in turn have no red; half cyan and half black has some."
+    inks = np.zeros((size[1], size[0], 4), np.uint8)
+    is_black = np.add.outer(np.arange(size[1]), np.arange(size[0])) % 2 > 0
+    inks[..., 0], inks[..., 3] = 255 * ~is_black, 255 * is_black
+    Image.fromarray(inks, "CMYK").save(tmp_path / "a.jpg", quality=95)
     read_image(tmp_path / "a.jpg").save(tmp_path / "a.png")
     assert are_same(tmp_path / "a.jpg", tmp_path / "a.png")
 
