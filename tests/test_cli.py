@@ -123,7 +123,7 @@ BAD = {
     "eval base --conf 25": "Invalid value for '--conf'",
     "data toy:16 --data toy:3": "toy:16 and data=toy:3: expected one data set",
     "detect base": "expected RUN IMAGE..., got base",
-    "detect base data/annotations": "data/annotations: no images; expected files .bmp, .jpeg",
+    "detect base data/annotations": "data/annotations: no images; expected files .",
     "train --data data freeze=p9": "p9",
     "train --resume absent": "absent: no run there",
     "train --resume base width=1": (
@@ -193,7 +193,7 @@ BAD = {
     "split base --heads two.yaml --out base": "runs/base: exists already",
     "plot absent": "absent: no run there",
     "detect base absent.jpg": "absent.jpg: no such image",
-    "detect base empty.jpg": "1 of 1 images are missing or unreadable",
+    "detect base empty.jpg": "empty.jpg: UnidentifiedImageError: cannot identify image file",
     "study --arms all": "must be one of control, split",
     "study --resume": "no study there to go on with",
     "check --fixtures absent": "absent",
