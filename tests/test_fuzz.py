@@ -604,6 +604,7 @@ def test_results_of_others(base):
                 warnings.simplefilter("always")
                 out = read_predictions(file, source)
             said.extend(lines)
+            assert {line.category for line in lines} <= {UserWarning}  # none of NumPy's
             return out
 
         out = judged(read, root)
