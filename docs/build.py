@@ -4,6 +4,7 @@ python docs/build.py [--run]            README.md and the site, in _site/; --run
 python docs/build.py outputs [NB...]    run notebooks and save their outputs
 python docs/build.py readme             README.md
 python docs/build.py imports            nbs/figures/imports.png: which package imports which
+python docs/build.py odd                docs/odd_data.md, from tests/test_odd_*.py
 python docs/build.py site [FOLDER]      the site
 """
 
@@ -127,6 +128,14 @@ def write_readme():
     (ROOT / "README.md").write_text(readme(), encoding="utf8")
 
 
+def odd_page():
+    "docs/odd_data.md, from what stands above the tests."
+    sys.path.insert(0, str(ROOT / "tests"))
+    import odd
+
+    return odd.page()
+
+
 def package_imports():
     """Which package imports which, read from the exported code.
 
@@ -224,6 +233,8 @@ if __name__ == "__main__":
             write_readme()
         case ["imports"]:
             draw_imports()
+        case ["odd"]:
+            (ROOT / "docs/odd_data.md").write_text(odd_page(), encoding="utf8")
         case ["site", *folder] if len(folder) < 2:
             site(*folder)
         case [] | ["--run"] as run:

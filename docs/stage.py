@@ -60,6 +60,7 @@ BEGIN = [
     "docs/remote",
     "docs/colab",
     "nbs/tutorials/colab",
+    "docs/odd_data",
     "docs/troubleshooting",
 ]
 PACKAGES = [p.name for p in sorted((ROOT / "nbs").glob("[0-9][0-9]_*"))]

@@ -584,6 +584,13 @@ def test_a_stale_readme_is_found(tmp_path):
     assert "missing" in stale(tmp_path / "absent.md", "new")[0]
 
 
+def test_the_page_on_odd_data_is_derived():
+    "python docs/build.py odd"
+    text = build().odd_page()
+    assert (ROOT / "docs/odd_data.md").read_text(encoding="utf8") == text
+    assert text.count("\n| ") > 60
+
+
 def test_the_drawing_of_imports_is_fresh():
     "python docs/build.py imports"
     with Image.open(ROOT / "nbs/figures/imports.png") as drawing:
