@@ -6,11 +6,12 @@ anything is made.
 
 import json
 import shlex
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
@@ -212,6 +213,63 @@ def test_a_name_that_cannot_work_is_refused_everywhere(name, tmp_path, monkeypat
             make()
         assert words in str(e.value) and "\n" not in str(e.value)
     assert list(tmp_path.iterdir()) == []
+
+
+PIECES = [
+    "a",
+    "run 1",
+    "#",
+    "@",
+    "/",
+    "..",
+    ".",
+    " ",
+    "-",
+    "~",
+    "=",
+    "\\",
+    "\n",
+    "\0",
+    "é",
+    ".part",
+]
+PIECES += [".yaml", "best", "last", "config.yaml", "'", '"', "*", "x" * 150, "\u200d", "\ud800"]
+
+
+def test_any_name_works_or_is_refused(tmp_path):
+    outcomes = {True: 0, False: 0}
+
+    @seed(0)
+    @settings(max_examples=150, deadline=None, database=None, phases=[Phase.generate])
+    @given(
+        st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join) | st.text(min_size=1)
+    )
+    def make(name):
+        root = Path(tempfile.mkdtemp(dir=tmp_path)) / "runs"
+        try:
+            cfg = load_config(f"run={name}")
+        except ValueError as e:  # no Unicode
+            assert "\n" not in str(e)
+            return
+        if cfg.training.run is None:
+            return
+        heads = Partition.single(["a"])
+        try:
+            run = new_run(cfg, root, lambda folder: save_heads(folder / "heads.yaml", heads))
+        except ValueError as e:
+            assert "cannot be the name" in str(e) and len(str(e).splitlines()) == 1
+            assert not list(root.parent.iterdir())
+            outcomes[False] += 1
+            return
+        outcomes[True] += 1
+        (run / "epoch_007").mkdir()
+        assert find_run(name, root)[0] == find_run(f"{name}@7", root)[0] == run
+        assert root in run.parents and run.resolve().is_relative_to(root.resolve())
+        assert load_config(run / "config.yaml").training.run == name
+        assert load_runs(root)["run"].tolist() == [name]
+
+    make()
+    assert min(outcomes.values()) > 20
 
 
 def test_the_commands_refuse_it_before_any_work(tmp_path, monkeypatch):
