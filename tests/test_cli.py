@@ -354,6 +354,7 @@ def test_problems_below_five_percent_are_counted_listed_and_skipped(here):
         "unknown category": 1,
         "annotation of an unknown image": 1,
         "annotation of a lost image": 1,
+        "same annotation id twice": 4,
     }
     listed = facts["listed"]["unreadable image"]
     assert len(listed) == 2 and str(empty) in " ".join(listed)
