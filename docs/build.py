@@ -4,7 +4,7 @@ python docs/build.py [--run]            README.md and the site, in _site/; --run
 python docs/build.py outputs [NB...]    run notebooks and save their outputs
 python docs/build.py readme             README.md
 python docs/build.py imports            nbs/figures/imports.png: which package imports which
-python docs/build.py odd                docs/odd_data.md, from tests/test_odd_*.py
+python docs/build.py odd                docs/odd_data.md, from the tests
 python docs/build.py site [FOLDER]      the site
 """
 

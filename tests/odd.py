@@ -56,7 +56,7 @@ KINDS = {
     ),
     "library": (
         "Your own training loop",
-        "`RoutedLoss` checks its first call, and every call with `validate=True`.",
+        "The first targets that `RoutedLoss` gets are checked; with `validate` set, all of them.",
     ),
 }
 
@@ -83,7 +83,7 @@ def situation(kind, what, happens):
 def situations():
     "The rows, as they stand above the tests, in their order; nothing is imported."
     out = []
-    for file in sorted(Path(__file__).parent.glob("test_odd_*.py")):
+    for file in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.parse(file.read_text(encoding="utf8")).body:
             for call in getattr(node, "decorator_list", ()):
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "situation":
@@ -110,7 +110,7 @@ silence: what is skipped, repaired or left out is counted under a name, `mhdet d
 places, and the commands that use the data say it in one line. An error is one line that names the
 file, the place and the cause, and leaves nothing half done.
 
-Each of the {n} rows is a test, in [tests](../tests) `test_odd_*.py`; many follow public bug reports
+Each of the {n} rows is a test in [tests](../tests); many follow public bug reports
 about other tools. This page is made from them: `python docs/build.py odd`."""
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd import situation
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FeaturePyramidNetwork
@@ -158,6 +159,11 @@ WRONG = {
 }
 
 
+@situation(
+    "library",
+    "torchvision's dicts with a key missing, other lengths, shares, empty boxes",
+    "one line names the image, the box and what is wrong",
+)
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_dicts(case):
     changes, words = WRONG[case]
@@ -212,6 +218,11 @@ TARGETS = {
 }
 
 
+@situation(
+    "library",
+    "Targets in pixels, classes from 1..n, images that are not there",
+    "refused in the first call of the loss that has targets",
+)
 @pytest.mark.parametrize("case", TARGETS)
 @pytest.mark.parametrize("route", [dict(), dict(assign="ota"), dict(others="ignore_iou")])
 def test_wrong_targets_are_refused_at_the_first_call(case, route):
@@ -222,6 +233,11 @@ def test_wrong_targets_are_refused_at_the_first_call(case, route):
     one_line(lambda: loss(maps(3 * 16), targets), words)
 
 
+@situation(
+    "library",
+    "Targets that are corners instead of centre and size",
+    "refused in the first call",
+)
 def test_corners_in_place_of_centres():
     targets = rows(24)
     corners = targets.clone()
@@ -322,6 +338,11 @@ class Listed(Dict):
         return list(super().forward(x).values())
 
 
+@situation(
+    "library",
+    "A trunk that returns a dict",
+    "refused: a list of maps is expected",
+)
 def test_a_trunk_that_returns_a_dict():
     trunk, head = Detector.make(ONE, 0.125).trunk, MultiHead(ONE, [16, 16, 16])
     x = torch.rand(2, 3, *SIZE)
@@ -345,6 +366,11 @@ WRONG_MAPS = {
 }
 
 
+@situation(
+    "library",
+    "More or fewer maps than levels",
+    "refused, with both numbers",
+)
 @pytest.mark.parametrize("case", WRONG_MAPS)
 def test_other_than_one_map_per_level(case):
     change, words = WRONG_MAPS[case]
@@ -373,6 +399,11 @@ def test_channels_and_order_of_levels():
     assert torch.isfinite(RoutedLoss(ONE)(odd, rows())["loss"])  # a side that is no multiple of 32
 
 
+@situation(
+    "library",
+    "`balance` or weights that do not fit the levels or the classes",
+    "refused, with both numbers",
+)
 @pytest.mark.parametrize(
     "numbers, words",
     [

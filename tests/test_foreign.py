@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd import situation
 from PIL import Image
 
 import mhdet.cli.commands  # noqa: F401 - it registers the commands
@@ -114,6 +115,12 @@ def test_a_file_as_coco_says_is_read_as_it_stands(here):
     assert all((found[k] == strict[k]).all() for k in strict)
 
 
+@situation(
+    "results",
+    "Categories are positions from 0 (YOLOv7, YOLOv5) or 1 (Ultralytics); some are no ids "
+    "of the truth",
+    "read so, and told; `--ids` states it",
+)
 @pytest.mark.parametrize(
     "truth_first, first, option",
     [(1, 0, "position0"), (0, 1, "position1"), (5, 0, "position0"), (5, 1, "position1")],
@@ -125,6 +132,12 @@ def test_positions_that_cannot_be_ids_are_read_and_said(here, truth_first, first
     assert right(rows(first), ids=option) == ""
 
 
+@situation(
+    "results",
+    "The same where every number is an id by chance, such as class 0 never predicted",
+    "refused, with how many detections have the class of their object in either reading; "
+    "`--ids` reads it",
+)
 @pytest.mark.parametrize(
     "truth_first, first, skip, option",
     [(1, 0, 0, "position0"), (0, 1, 5, "position1"), (2, 1, 5, "position1")],
@@ -155,6 +168,11 @@ def test_ids_with_gaps_and_positions(here):
     assert "--ids position1 reads it so" in both
 
 
+@situation(
+    "results",
+    "The truth has a root category 0 that nothing uses (Roboflow)",
+    "it is no position: results of a detector without it are read",
+)
 @pytest.mark.parametrize("linked", [True, False])
 def test_a_root_category_is_no_position(here, linked):
     truth = truth_json(root=[dict(id=0, name="animals", supercategory="none")])
@@ -179,6 +197,11 @@ def test_a_class_that_no_object_has_is_a_position(here):
     assert (found["label"] == LABEL[LABEL > 0]).all()
 
 
+@situation(
+    "results",
+    "`category_id` is the name of the class",
+    "read, and told",
+)
 def test_names_are_ids_too(here):
     by_name = [row | dict(category_id=NAMES[row["category_id"] - 1]) for row in rows()]
     assert "is the name of the class" in right(by_name)
@@ -194,6 +217,11 @@ def test_an_unknown_id_stays_refused(here):
     assert "1 of 40 entries have an unknown category_id" in text
 
 
+@situation(
+    "results",
+    "The classes of the results are in another order",
+    "told, with the class that is most often mistaken",
+)
 def test_another_order_of_the_classes_is_said(here):
     "As of a YAML whose names are not in the order of the categories."
     found, _, said = read(rows(label=np.array([3, 5, 1, 0, 4, 2])[LABEL]))
@@ -205,6 +233,11 @@ def test_another_order_of_the_classes_is_said(here):
 WEAK = ["random", "one", "frequent", "two", "mostly random"]
 
 
+@situation(
+    "results",
+    "A detector that is simply bad",
+    "never taken for another convention",
+)
 @pytest.mark.parametrize("kind", WEAK)
 @pytest.mark.parametrize("first", [0, 1])
 def test_an_honest_weak_detector_is_never_refused(here, kind, first):
@@ -250,6 +283,11 @@ def test_an_empty_file_and_empty_truth(here):
 # Images
 
 
+@situation(
+    "results",
+    "`image_id` is a stem, a file name, or a path",
+    "found by the file name where that is one to one, and told",
+)
 @pytest.mark.parametrize(
     "given",
     [
@@ -273,6 +311,11 @@ def test_zeros_in_front_of_an_id(here):
     assert "the number in their id" in right(rows())
 
 
+@situation(
+    "results",
+    "The same file name in several folders",
+    "the longest common end of the path decides; otherwise refused",
+)
 def test_names_in_several_folders(here):
     truth = truth_json()
     for i, image in enumerate(truth["images"]):
@@ -306,6 +349,11 @@ def test_ids_and_names_of_different_images(here):
     assert right(rows(image_id=lambda i: i)) == ""
 
 
+@situation(
+    "results",
+    "Detections on images that the truth does not have",
+    "refused; `--extra-images drop` leaves them out and counts them",
+)
 def test_more_images_than_the_truth_has(here):
     more = [row | dict(image_id=500 + k) for k, row in enumerate(rows()[:3])]
     text = refusal(rows() + more)
@@ -320,6 +368,11 @@ def test_more_images_than_the_truth_has(here):
 # Wrappers
 
 
+@situation(
+    "results",
+    "Detections as a COCO data set with scores (FiftyOne)",
+    "read",
+)
 def test_a_data_set_object_with_scores(here):
     "FiftyOne numbers images and categories as it likes."
     own = truth_json(0, names=NAMES[::-1], image_id=lambda i: 11 - i)
@@ -358,6 +411,11 @@ FORMS = {
 }
 
 
+@situation(
+    "results",
+    "Boxes are x1, y1, x2, y2, or centre and size, or shares of the image",
+    "refused, with how many objects are covered in either reading; `--boxes` reads it",
+)
 @pytest.mark.parametrize("form", FORMS)
 def test_other_boxes_are_refused_by_name(here, form):
     text = refusal(rows(bbox=FORMS[form]))
@@ -377,11 +435,21 @@ def test_boxes_that_cannot_be_of_the_form(here):
     assert "states no size" in refusal(rows(bbox=FORMS["xywh-share"]), boxes="xywh-share")
 
 
+@situation(
+    "results",
+    "Boxes past their images",
+    "counted: were the images of another size?",
+)
 def test_boxes_past_the_image_are_counted(here):
     found, _, said = read(rows(bbox=XYWH * 3))
     assert "of 48 boxes go past their image" in said and len(found["score"]) == 48
 
 
+@situation(
+    "results",
+    "Scores of 0..100",
+    "told, and read",
+)
 def test_scores_in_per_cent(here):
     assert "read as per cent, divided by 100" in right(rows(score=100.0))
     found, _, said = read(rows(score=100.0))
@@ -422,6 +490,11 @@ def folders():
     Path("voc/ImageSets/Main/val.txt").write_text("\n".join(f"{100 + i:06d}" for i in range(12)))
 
 
+@situation(
+    "results",
+    "`--gt` is a folder or a YAML instead of a COCO file",
+    "read, as `mhdet data` reads it",
+)
 def test_any_data_set_is_ground_truth(here):
     folders()
     for source in ("coco", "yolo/data.yaml", "voc"):

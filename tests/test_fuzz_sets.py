@@ -21,6 +21,7 @@ from odd import SIZE, Drawn, coco_content, drawn, put, voc_tree, yolo_lines
 from PIL import Image
 from test_fuzz import judged, many, one_of
 
+from mhdet.core.config import load_config
 from mhdet.data.images import read_image
 from mhdet.data.overlaps import noted
 from mhdet.data.splits import check_images, open_data
@@ -566,3 +567,31 @@ def test_depths_and_sizes(pool):
         return read
 
     many(100 * TIMES, example, 0.02)
+
+
+# Words of the command line.
+
+TEXT = ["data", "run", "heads", "weights"]
+# fmt: off
+PIECES = [
+    "a", "try 4", " #4", "a@b", "..", "/", "x", ":", "{", "}", "[", "]", "'", '"', "null", "true",
+    "1e3", "0x1", "~", "&", "*", "!", "|", "é", "-", ",", "= ", "\t", "no", "1_0", ".", "\\",
+]
+# fmt: on
+
+
+def test_text_stands_as_it_is_written():
+    "A text key holds the very word, or the word is refused in one line that shows the key."
+
+    def example(draw):
+        key = one_of(draw, TEXT)
+        word = "".join(draw(st.lists(st.sampled_from(PIECES), min_size=1, max_size=3)))
+        try:
+            out = load_config(f"{key}={word}").flat()[key]
+        except (ValueError, KeyError) as e:
+            assert "\n" not in e.args[0] and key in e.args[0]
+            return None
+        assert out == word or (out is None and word == "null")  # null stands for none
+        return out
+
+    many(100 * TIMES, example, 0)
