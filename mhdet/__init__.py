@@ -20,6 +20,7 @@ _HOME = {
     "Detector": "model.detector",
     "split_heads": "model.surgery",
     "RoutedLoss": "model.loss",
+    "targets_from_boxes": "model.assign",
     "load_run": "experiment.run",
     "train": "experiment.run",
     "study": "experiment.study",

@@ -399,7 +399,7 @@ def check_names(words, least, most, usage=""):
     in_words = {(0, 0): "no name", (1, 1): "one name", (0, 1): "at most one name"}
     expected = in_words.get((least, most), usage.split(" [")[0])
     message = f"expected {expected}, got {' '.join(words) or 'none'}"
-    paths = [word for word in words if Path(word).exists()]
+    paths = [word for word in words if os.path.exists(word)]
     if paths:
         message += f"; a data set is given as --data {paths[0]}"
     raise ValueError(message)
@@ -466,7 +466,7 @@ def command(uses=None, names=(0, 0), usage="[key=value]..."):
         @functools.wraps(f)
         def run(ctx, words, config, as_json, debug, **options):
             words = words or []
-            settings = [word for word in words if "=" in word and not Path(word).exists()]
+            settings = [word for word in words if "=" in word and not os.path.exists(word)]
             named = check_names([w for w in words if w not in settings], *names, usage)
             chosen = chosen_keys(config_sources(ctx.obj, settings, keys), uses)
             own_options = {k: v for k, v in options.items() if k not in keys}

@@ -22,7 +22,9 @@ def _resumable(name, chosen):
     for key, value in chosen.items():
         if key not in RESUMABLE and (key, value) != ("run", name):
             allowed = ", ".join(RESUMABLE)
-            raise ValueError(f"--resume {name}: '{key}' cannot be changed; allowed: {allowed}")
+            raise ValueError(
+                f"--resume {shlex.quote(name)}: '{key}' cannot be changed; allowed: {allowed}"
+            )
     return chosen
 
 
@@ -32,6 +34,7 @@ def _train(
     chosen,
     resume: str = option(None, "A run to go on with."),
     trust: bool = option(False, "Open pickled weights, which may run code.", "--trust"),
+    root: str = option(ROOT, "Folder of all runs: for the rows of a sweep.", hidden=True),
 ):
     """Train one run.
 
@@ -43,12 +46,12 @@ def _train(
 
     sources = [chosen]
     if resume:
-        sources = [find_run(resume, ROOT)[0] / "config.yaml", _resumable(resume, chosen)]
+        sources = [find_run(resume, root)[0] / "config.yaml", _resumable(resume, chosen)]
     if trust:
         sources.append({"trust": True})
-    run = train(load_config(*sources), resume=resume, root=ROOT)
+    run = train(load_config(*sources), resume=resume, root=root)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
-    name = run.relative_to(ROOT) if run.is_relative_to(ROOT) else run
+    name = shlex.quote(str(run.relative_to(ROOT) if run.is_relative_to(ROOT) else run))
     if stopped in SIGNALS:
         raise InterruptedError(f"{stopped}; saved, go on with: mhdet train --resume {name}")
     last = (JsonLog(run / "log.jsonl").rows() or [{}])[-1]
@@ -65,17 +68,19 @@ def _split(
     out: str = option(..., "Name or path of the new run."),
 ):
     "Split a trained head into several; detections do not change."
-    from mhdet.core.runs import new_run, note_run
+    from mhdet.core.runs import check_run_name, new_run, note_run
     from mhdet.experiment.run import load_run
     from mhdet.model.surgery import split_heads
     from mhdet.partition.heads import load_heads, save_heads
     from mhdet.training.checkpoint import save
 
-    model, cfg = load_run(names[0], ROOT)
-    split = split_heads(model, load_heads(heads, model.head.partition.names))
     folder = Path(out)
     if folder.name == out:
-        folder = Path(ROOT) / out
+        folder = Path(ROOT) / check_run_name(out, ROOT)
+    elif folder.is_relative_to(ROOT):
+        check_run_name(folder.relative_to(ROOT).as_posix(), ROOT)
+    model, cfg = load_run(names[0], ROOT)
+    split = split_heads(model, load_heads(heads, model.head.partition.names))
     split_cfg = cfg.override(run=folder.name, heads=str(folder / "heads.yaml"), weights=names[0])
     run = new_run(split_cfg, folder.parent)
     save_heads(run / "heads.yaml", split.head.partition)
@@ -109,6 +114,7 @@ def _plot(names, chosen, out: str = option("figures", "Folder.")):
     import matplotlib.pyplot as plt
     import pandas as pd
 
+    from mhdet.core.files import file_names
     from mhdet.core.plotting import theme
     from mhdet.core.runs import JsonLog, find_run
     from mhdet.evaluation.confusion import plot_confusion, read_confusion
@@ -118,8 +124,9 @@ def _plot(names, chosen, out: str = option("figures", "Folder.")):
     folders = {ref: find_run(ref, ROOT)[0] for ref in names}
     theme()
     figures, tables, ends = {"dynamics.png": plot_runs(folders)[0].figure}, {}, []
-    for ref, run in folders.items():
-        name = str(ref).strip("./").replace("/", "-")
+    labels = [str(ref).strip("./").replace("/", "-") for ref in folders]
+    labels = file_names(labels, taken=["plateau"])
+    for (ref, run), name in zip(folders.items(), labels, strict=True):
         rows = JsonLog(run / "log.jsonl").rows()
         tables[f"{name}.csv"] = pd.DataFrame(rows)
         ends.append({"run": ref, **plateau(rows)})
@@ -189,31 +196,42 @@ def refuse_heads(heads, command_name):
 # %% ../../nbs/11_cli/01_training.ipynb #43cfaae2
 def _study_name(names, chosen, resume):
     "The name of a new study, or of the one to go on with; without a name the newest."
-    if names and not resume and Path(names[0]).exists():
+    if names and chosen.get("run") not in (None, names[0]):
+        raise ValueError(f"two names for one study: {names[0]} and run={chosen['run']}")
+    if names and names[0] and not resume and os.path.exists(names[0]):
         problem = f"{names[0]} is a file or folder, not a name for a study"
         raise ValueError(f"{problem}; data are given as --data {names[0]}")
     if names or chosen.get("run"):
         return names[0] if names else chosen["run"]
     if resume:
-        begun = sorted(Path(ROOT).glob("*/asked.json"), key=lambda p: p.stat().st_mtime)
+        begun = sorted(Path(ROOT).rglob("asked.json"), key=lambda p: p.stat().st_mtime)
         if begun:
-            return begun[-1].parent.name
+            return begun[-1].parent.relative_to(ROOT).as_posix()
     return time.strftime("study_%Y%m%d_%H%M%S")
 
 
-def _study_request(name, chosen, resume, seeds, arms, num_heads):
+def _study_request(name, chosen, resume, seeds, arms, num_heads, allow_leak):
     "What a study is asked to do: from the options, or from the folder of the study to go on with."
+    from mhdet.core.runs import check_run_name
+
     folder = Path(ROOT) / name
     if resume:
         if not (folder / "asked.json").is_file():
             raise FileNotFoundError(f"{folder}: no study there to go on with")
         request = json.loads((folder / "asked.json").read_text())
+        if "allow_leak" not in request:  # of version 0.1, which lowered 4 heads without a word
+            num_heads = None if request["heads"] == 4 else request["heads"]
+            request |= {"allow_leak": False, "heads": num_heads}
+        request["allow_leak"] |= allow_leak
         request["chosen"] |= _resumable(name, chosen)
         return request
     if any(folder.glob("base-s*")):
-        raise FileExistsError(f"{folder}: exists already; --resume {name}?")
+        raise FileExistsError(f"{folder}: exists already; --resume {shlex.quote(name)}?")
+    check_run_name(name, ROOT)
     # the names are those of asked.json, a file format
-    return {"seeds": seeds, "arms": arms, "heads": num_heads, "chosen": chosen | {"run": name}}
+    chosen = chosen | {"run": name}
+    request = {"seeds": seeds, "arms": arms, "heads": num_heads, "allow_leak": allow_leak}
+    return request | {"chosen": chosen}
 
 
 @command(names=(0, 1), usage="[NAME] [key=value]...")
@@ -222,9 +240,10 @@ def _study(
     chosen,
     seeds: int = option(1, "Trainings of every arm."),
     arms: str = option("split,control", "Names, separated by commas."),
-    num_heads: int = option(4, "Number of heads of the partition."),
+    num_heads: int = option(None, "Heads of the partition: 4, or as many as classes if fewer."),
     heads: str = option(None, "Not here: the study makes its head files itself.", hidden=True),
     resume: bool = option(False, "Go on with the study NAME, or the newest.", "--resume"),
+    allow_leak: bool = option(False, "Go on if images of val are in train too.", "--allow-leak"),
 ):
     """The main job: single head, split heads, control, verdict.
 
@@ -240,7 +259,7 @@ def _study(
         raise ValueError("a study is one process; train takes several")
     name = _study_name(names, chosen, resume)
     folder = Path(ROOT) / name
-    request = _study_request(name, chosen, resume, seeds, arms, num_heads)
+    request = _study_request(name, chosen, resume, seeds, arms, num_heads, allow_leak)
 
     def say(line):
         # the first line comes after the input was checked: only then is there a study to go on with
@@ -248,6 +267,7 @@ def _study(
         print(line)
 
     cfg, wanted = load_config(request["chosen"]), request["arms"].split(",")
-    result = study(cfg, request["seeds"], wanted, request["heads"], ROOT, say=say)
+    asked = {"heads": request["heads"], "allow_leak": request["allow_leak"]}
+    result = study(cfg, request["seeds"], wanted, root=ROOT, say=say, **asked)
     table = text_table(study_table(result))
     return result, f"{table}\n\n{result['sentence']}\n{result['folder']}/report.md"

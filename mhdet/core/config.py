@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'MOVED_GROUPS', 'RETIRED', 'DataConfig', 'NetworkConfig', 'LossConfig', 'Stage', 'TrainingConfig',
-           'EvaluationConfig', 'Config', 'load_config', 'options']
+           'EvaluationConfig', 'Config', 'load_config', 'as_word', 'options']
 
 # %% ../../nbs/00_core/01_config.ipynb #b538fbf5
 import difflib
+import json
 import math
 import os
 import re
@@ -23,6 +24,7 @@ from .files import UniqueKeyLoader, parsed, read_yaml, write_atomic
 # %% ../../nbs/00_core/01_config.ipynb #3c3e0517
 _Whole, _Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
 _Amount, _Above = Annotated[float, Meta(ge=0)], Annotated[float, Meta(gt=0)]
+_Text = Annotated[str, Meta(min_length=1)]
 _Share, _Part = Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, lt=1)]
 
 
@@ -38,7 +40,7 @@ class DataConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     data: Annotated[
-        str,
+        _Text,
         _about("data set: a folder, a YAML, or `toy` (`toy:600`: 600 images)"),
     ] = "toy"
     imgsz: Annotated[
@@ -83,7 +85,9 @@ class DataConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """The `network` group: the trunk, the heads, and the weights to start from."""
 
-    width: Annotated[_Above, _about("channels of the trunk, as a multiple of YOLOv7-tiny's")] = 0.25
+    width: Annotated[
+        float, Meta(gt=0, le=8), _about("channels of the trunk, as a multiple of YOLOv7-tiny's")
+    ] = 0.25
     heads: Annotated[str | None, _about("a head file; null: one head for all classes")] = None
     boxes: Annotated[
         Literal["head", "shared"], _about("box regression of its own per head, or one for all")
@@ -161,7 +165,7 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_hours: Annotated[
         _Above | None, _about("wall clock after which the run saves and stops", "h")
     ] = None
-    device: Annotated[str, _about("auto, cpu or cuda")] = "auto"
+    device: Annotated[_Text, _about("auto, cpu or cuda")] = "auto"
     precision: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], _about("number format of the forward pass")
     ] = "auto"
@@ -292,6 +296,11 @@ def _is_text(field):
     return all(isinstance(kind, text) for kind in _kinds(field.type))
 
 
+def _is_optional(field):
+    "Whether a key may be None."
+    return any(isinstance(kind, msgspec.inspect.NoneType) for kind in _kinds(field.type))
+
+
 _FIELDS, GROUP = _fields()
 
 # Groups of version 0.1, so that `train.boxes` in an old file still means something.
@@ -338,12 +347,36 @@ def _name(key, where):
     return name
 
 
-def _parsed_word(name, value, where):
-    "The value of a word `key=value`: YAML, except that `run=7` and `data=on` are texts."
-    value_as_yaml = parsed(f"{where}: {name}", "YAML", lambda: yaml.load(value, UniqueKeyLoader))
-    if _is_text(_FIELDS[name]) and not isinstance(value_as_yaml, str | None):
-        return value
-    return value_as_yaml
+def _has_comment(text):
+    "Whether YAML would leave out a part of a text, as behind ` #`."
+    end = 0
+    for token in yaml.scan(text):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = max(end, token.end_mark.index)
+    return "#" in text[end:]
+
+
+def _word_as_yaml(text):
+    "The value of a word by YAML's rules; the text itself where these would change or cut it."
+    value = yaml.load(text, UniqueKeyLoader)
+    # YAML 1.1 reads 010 as 8 and 1:30 as 90
+    other_number = isinstance(value, int | float) and re.fullmatch(r"[-+]?0\d+|.*:.*", text)
+    return text if other_number or _has_comment(text) else value
+
+
+def _parsed_word(name, text, where):
+    """The value of a word `key=value`.
+
+    The text as it stands where the key takes text, otherwise YAML. Nothing, or `null`, is None
+    where the key may be None.
+    """
+    field = _FIELDS[name]
+    if text in ("", "null") and _is_optional(field):
+        return None
+    if not text or _is_text(field):
+        return text
+    return parsed(f"{where}: {name}", "YAML", lambda: _word_as_yaml(text))
 
 
 def _allowed(kind):
@@ -408,7 +441,8 @@ def load_config(*sources):
     ----------
     *sources : str, Path or dict
         A YAML file, a mapping, or a word `key=value`; keys may be dotted with their group
-        (`training.lr`).
+        (`training.lr`). In a word, text is taken as it stands, and other values are YAML; nothing
+        behind `=`, or `null`, means None where a key may be None.
 
     Returns
     -------
@@ -435,7 +469,7 @@ def load_config(*sources):
         items, where, word = _items(source)
         for key, value in items.items():
             name = _name(str(key), where)
-            if word and value:
+            if word:
                 value = _parsed_word(name, value, where)
             groups[GROUP[name]][name], origin[name] = value, where
     try:
@@ -446,6 +480,29 @@ def load_config(*sources):
         if not _finite(value):
             raise ValueError(f"{origin[name]}: {name}: must be finite, got {value}")
     return config
+
+# %% ../../nbs/00_core/01_config.ipynb #530820e8
+def as_word(key, value):
+    """The word `key=value` that `load_config` reads as this value.
+
+    Parameters
+    ----------
+    key : str
+    value : anything that the key may be
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    KeyError
+        Unknown key.
+    """
+    takes_text = _is_text(_FIELDS[key])
+    if not (takes_text and isinstance(value, str)):
+        value = json.dumps(value, ensure_ascii=False)  # JSON is YAML
+    return f"{key}={value}"
 
 # %% ../../nbs/00_core/01_config.ipynb #2ffb861a
 def options():

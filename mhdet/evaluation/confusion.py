@@ -157,9 +157,11 @@ def read_confusion(path):
     header = rows[0][1][1:] if rows else []
     if not header or [row[0] for _, row in rows[1:]] != header:
         raise ValueError(f"{path}: header and first column differ; both must be the class names")
-    if len(set(header)) < len(header):
+    # a class may itself be called background: the last column is none of the classes
+    classes = header[:-1] if header[-1] == "background" else header
+    if len(set(classes)) < len(classes):
         raise ValueError(f"{path}: a class is named twice; names must be unique")
-    if "background" in header[:-1]:
+    if "background" in classes and classes is header:
         raise ValueError(f"{path}: background must be the last class")
     n = len(header)
     cells = np.full((n, n), np.nan)
@@ -172,9 +174,7 @@ def read_confusion(path):
             raise ValueError(
                 f"{path}: line {line}: expected {n} counts of 0 or more after '{row[0]}'"
             )
-    if header[-1] == "background":
-        return cells, header[:-1]
-    return np.pad(cells, (0, 1)), header
+    return (np.pad(cells, (0, 1)) if classes is header else cells), classes
 
 # %% ../../nbs/02_evaluation/02_confusion.ipynb #02fb4826
 def head_blocks(matrix, head_of):
@@ -226,10 +226,13 @@ def _plot_matrix(values, names, head_of, ax, **style):
         values[np.ix_(full, full)],
         square=True,
         ax=ax,
-        xticklabels=labels,
-        yticklabels=labels,
+        xticklabels=False,
+        yticklabels=False,
         **style,
     )
+    shown = range(0, len(labels), -(-len(labels) // 81))  # more names than 81 cannot be read
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks([i + 0.5 for i in shown], [labels[i] for i in shown], parse_math=False)
     ax.set(xlabel="prediction", ylabel="truth")
     ax.tick_params(axis="x", labelrotation=90)
     ax.tick_params(axis="y", labelrotation=0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core.plotting import HEAD_COLORS
+from ..core.plotting import HEAD_COLORS, show_image
 from mhdet.evaluation.metrics import (
     Matches,
     _check_range,
@@ -440,10 +440,9 @@ def plot_suspect(image, suspect, names, ax=None):
     color = HEAD_COLORS[1]
     annotated = suspect["label"] is not None
     edge = "k" if annotated else color
-    ax.imshow(image)
+    show_image(image, ax)
     ax.add_patch(plt.Rectangle((x, y), x2 - x, y2 - y, fill=False, lw=2, ec=edge))
-    ax.set_axis_off()
     given = names[suspect["label"]] if annotated else "nothing"
     title = f"{given}: {names[suspect['seen']]}? {suspect['suspicion']:.2f}"
-    ax.set_title(title, fontsize=8, color=color, loc="left")
+    ax.set_title(title, fontsize=8, color=color, loc="left", parse_math=False)
     return ax

@@ -535,7 +535,7 @@ def plot_diffs(diffs, margin=0.0, ax=None, metric="AP50"):
     """
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6.4, 0.8 + 0.35 * len(diffs)))[1]
+    ax = ax or plt.subplots(figsize=(6.4, 0.8 + 0.35 * min(len(diffs), 100)))[1]
     if margin:
         ax.axvspan(-margin, margin, color=".9", lw=0)
     ax.axvline(0, c="grey", lw=0.8)
@@ -548,6 +548,6 @@ def plot_diffs(diffs, margin=0.0, ax=None, metric="AP50"):
             verdict = judge(d["delta"], d["low"], d["high"], margin)
         seeds = f", n={d['seeds_a']}/{d['seeds_b']}" if "seeds_a" in d else ""
         ax.annotate(verdict + seeds, (1.01, y), **beside)
-    ax.set_yticks(range(len(diffs)), list(diffs))
+    ax.set_yticks(range(len(diffs)), list(diffs), parse_math=False)
     ax.set(xlabel=f"difference of {metric} (95 % interval)", ylim=(len(diffs) - 0.5, -0.5))
     return ax

@@ -6,6 +6,8 @@
 __all__ = ['STAGES', 'make_norm', 'Conv', 'ELAN', 'SPPCSP', 'Trunk', 'yolov7_tiny', 'count']
 
 # %% ../../nbs/04_model/00_backbone.ipynb #1289ebb5
+import math
+
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, max_pool2d
@@ -157,7 +159,7 @@ class Trunk(nn.Module):
     Parameters
     ----------
     width : float
-        Factor on every channel count, which stays a multiple of 8.
+        Above 0; factor on every channel count, which is rounded to a multiple of 8, at least 8.
     norm : {"bn", "gn"}
         As in `make_norm`.
 
@@ -188,16 +190,20 @@ class Trunk(nn.Module):
         def elan(i, m, o):
             return ELAN(c(i), c(m), c(o), norm)
 
+        def elan_of_two(half, m, o):
+            # reads two joined maps, whose channels were rounded one by one
+            return ELAN(2 * c(half), c(m), c(o), norm)
+
         self.stem = nn.Sequential(Conv(3, c(32), 3, 2, norm), conv(32, 64, 3, 2))
         self.p2 = elan(64, 32, 64)
         self.p3 = elan(64, 64, 128)
         self.p4 = elan(128, 128, 256)
         self.p5 = elan(256, 256, 512)
         self.spp = SPPCSP(c(512), c(256), norm)
-        self.up4 = nn.ModuleList([conv(256, 128), conv(256, 128), elan(256, 64, 128)])
-        self.up3 = nn.ModuleList([conv(128, 64), conv(128, 64), elan(128, 32, 64)])
-        self.down4 = nn.ModuleList([conv(64, 128, 3, 2), elan(256, 64, 128)])
-        self.down5 = nn.ModuleList([conv(128, 256, 3, 2), elan(512, 128, 256)])
+        self.up4 = nn.ModuleList([conv(256, 128), conv(256, 128), elan_of_two(128, 64, 128)])
+        self.up3 = nn.ModuleList([conv(128, 64), conv(128, 64), elan_of_two(64, 32, 64)])
+        self.down4 = nn.ModuleList([conv(64, 128, 3, 2), elan_of_two(128, 64, 128)])
+        self.down5 = nn.ModuleList([conv(128, 256, 3, 2), elan_of_two(256, 128, 256)])
         self.out = nn.ModuleList([conv(64, 128, 3), conv(128, 256, 3), conv(256, 512, 3)])
         self.channels = [c(128), c(256), c(512)]
 
@@ -233,7 +239,7 @@ def yolov7_tiny(width=1.0, norm="bn", seed=None):
     Parameters
     ----------
     width : float
-        Multiplier of every channel count.
+        As in `Trunk`.
     norm : str
         As in `make_norm`.
     seed : int, optional
@@ -246,14 +252,14 @@ def yolov7_tiny(width=1.0, norm="bn", seed=None):
     Raises
     ------
     ValueError
-        Width not above 0, or unknown norm.
+        Width not above 0 or not finite, or unknown norm.
 
     References
     ----------
     Wang, Bochkovskiy, Liao 2022.
     """
-    if width <= 0:
-        raise ValueError(f"width must be above 0, got {width}")
+    if not 0 < width < math.inf:
+        raise ValueError(f"width must be above 0 and finite, got {width}")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

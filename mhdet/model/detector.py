@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.boxes import nms
 from .backbone import yolov7_tiny
-from .multihead import MultiHead, per_anchor
+from .multihead import MultiHead, check_levels, per_anchor
 
 # %% ../../nbs/04_model/02_detector.ipynb #f05b3cf1
 class Detector(nn.Module):
@@ -24,14 +24,15 @@ class Detector(nn.Module):
 
     Parameters
     ----------
-    trunk : Trunk
+    trunk : Trunk, or another module that returns a list of maps, finest first
     head : MultiHead
         For the channels of the trunk.
 
     Raises
     ------
     ValueError
-        When called: sides that are not multiples of 32.
+        When called: sides that are not multiples of 32; a trunk that returns something else than
+        one map of the head's channels per level.
     """
 
     def __init__(self, trunk, head):
@@ -110,6 +111,8 @@ def decode(raws, head):
 
     Raises
     ------
+    ValueError
+        As `check_levels`.
     RuntimeError
         Channels do not fit the head.
 
@@ -117,7 +120,7 @@ def decode(raws, head):
     ----------
     Wang, Bochkovskiy, Liao 2022 (YOLOv7).
     """
-    views = [per_anchor(r, head.na) for r in raws]
+    views = [per_anchor(r, head.na) for r in check_levels(raws, len(head.strides), "raws")]
     for view in views:
         if view.shape[4] != head.channels_per_anchor:
             raise RuntimeError(

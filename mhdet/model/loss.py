@@ -13,8 +13,8 @@ from torch import nn
 from torch.autograd import Function
 
 from ..data.boxes import ciou, iou_cxcywh
-from .assign import match_anchors, match_ota
-from .multihead import ANCHORS, STRIDES, head_channels, per_anchor
+from .assign import check_targets, match_anchors, match_ota
+from .multihead import ANCHORS, STRIDES, check_levels, head_channels, per_anchor
 
 # %% ../../nbs/04_model/06_loss.ipynb #534c9ef2
 def bce(logit, target=None, pos_weight=1.0):
@@ -293,11 +293,16 @@ class RoutedLoss(nn.Module):
         Share of the CIoU in the objectness target, 0..1; the rest is 1.
     autobalance : bool
         Whether `balance` follows the levels' losses, relative to stride 16.
+    validate : bool
+        Whether the targets of every call are checked, as by `check_targets`: that waits for the
+        device. Otherwise only those of the first call that has any.
 
     Raises
     ------
     ValueError
-        An option that does not exist; the allowed ones are named.
+        An option that does not exist; the allowed ones are named. Not as many strides, levels of
+        anchors and numbers in `balance`, or class weights and classes. When called: maps that do
+        not fit these and the partition, or targets that `check_targets` refuses.
 
     References
     ----------
@@ -339,6 +344,7 @@ class RoutedLoss(nn.Module):
         anchor_t=4.0,
         gr=1.0,
         autobalance=False,
+        validate=False,
     ):
         super().__init__()
         self.reduce = self._option("reduce", reduce)
@@ -347,6 +353,8 @@ class RoutedLoss(nn.Module):
         self.single = self._option("single", single)
         self.assign = self._option("assign", assign)
         self.boxes = self._option("boxes", boxes)
+        self.validate = validate
+        self._seen_targets = False
         self.nh = partition.nh
         self.nc = len(partition.head_of)
         self.strides = tuple(strides)
@@ -369,6 +377,7 @@ class RoutedLoss(nn.Module):
         indices = dict(head_of=partition.head_of, channel_of=head_channels(self.nh, self.nc, boxes))
         for name, value in indices.items():
             self.register_buffer(name, torch.tensor(np.array(value)), persistent=False)
+        self._check_numbers()
 
     def _option(self, name, value):
         allowed = self.OPTIONS[name]
@@ -399,11 +408,15 @@ class RoutedLoss(nn.Module):
         Raises
         ------
         ValueError
-            Maps that do not fit the partition.
+            Maps that do not fit the partition and the strides; targets that are checked and
+            refused.
         """
+        self._check_maps(raws)
+        if self.validate or not self._seen_targets:
+            check_targets(targets, len(raws[0]), self.nc)
+            self._seen_targets = len(targets) > 0
         if self.gains.device != raws[0].device:
             self.to(raws[0].device)
-        self._check_channels(raws)
         targets = targets.to(raws[0].device)
         m = self.match(raws, targets)
         boxes, logits, obj = self._gather(raws, m)
@@ -587,7 +600,29 @@ class RoutedLoss(nn.Module):
         balance = 0.9999 * self.balance + 0.0001 / levels
         self.balance = balance / balance[self.strides.index(16)]
 
-    def _check_channels(self, raws):
+    def _check_numbers(self):
+        "That every level has a stride, anchors and a weight, and every class a weight."
+        levels = len(self.strides)
+        if self.anchors.ndim != 3 or not len(self.anchors) == self.balance.numel() == levels:
+            raise ValueError(
+                f"{levels} strides, anchors of shape {tuple(self.anchors.shape)}, balance of "
+                f"{self.balance.numel()}: expected a stride, anchors (A, 2), a balance per level"
+            )
+        if len(self.class_weights) not in (0, self.nc):
+            raise ValueError(f"class_weights: {len(self.class_weights)} for {self.nc} classes")
+        if self.autobalance and 16 not in self.strides:
+            raise ValueError(f"autobalance: no level of stride 16 among {self.strides}")
+
+    def _check_maps(self, raws):
+        "That the raw maps are one per level, in order, with the channels of the heads."
+        check_levels(raws, len(self.strides), "raws")
+        for axis, side in ((2, "high"), (3, "wide")):
+            px = [raw.shape[axis] * stride for raw, stride in zip(raws, self.strides, strict=True)]
+            if max(px) - min(px) >= max(self.strides):  # more than a cell that was rounded up
+                cells = ", ".join(
+                    f"{n // s} cells x {s} px" for n, s in zip(px, self.strides, strict=True)
+                )
+                raise ValueError(f"raws: levels of one input must be equally {side}, got {cells}")
         na = self.anchors.shape[1]
         per_head = 5 * self.nh if self.boxes == "head" else 4 + self.nh
         expected = na * (per_head + self.nc)

@@ -165,6 +165,19 @@ def _file_partition(where, state, partition):
     return partition
 
 
+def _file_width(state):
+    "A width with which the trunk gets the channels that the file has in `stem` and `out`."
+    # full channels n become c = 8 round(n width / 8), hence width is within (c -+ 4) / n
+    layers = {0: 32, 1: 64, 74: 128, 75: 256, 76: 512}
+    found = [(len(state.get(f"model.{i}.conv.weight", ())), n) for i, n in layers.items()]
+    least = max([0, *((c - 4) / n for c, n in found if c > 8)])
+    most = min((c + 4) / n for c, n in found)
+    width = found[-1][0] / 512
+    if least < most and not least < width < most:
+        width = (least + most) / 2
+    return width
+
+
 def _fill(model, state):
     "Copy tensors with the reference's names into a detector."
     for number, conv in model.trunk.layers():
@@ -220,8 +233,7 @@ def load_foreign(source, partition=None, trust=False):
     if "model.76.conv.weight" not in state:
         raise ValueError(f"{where}: no 'model.76.conv.weight'; not a detector of this family")
     partition = _file_partition(where, state, partition)
-    width = len(state["model.76.conv.weight"]) / 512
-    model = Detector.make(partition, width, "model.77.ia.0.implicit" in state)
+    model = Detector.make(partition, _file_width(state), "model.77.ia.0.implicit" in state)
     expected = to_foreign(model, "model.77.m.0.weight" in state)
     for k in sorted(expected.keys() | state.keys()):
         theirs = tuple(state[k].shape) if k in state else "missing"

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.plotting import HEAD_COLORS
 from ..data.dataset import DetDataset
-from ..data.readers import ClassMap, Records
+from ..data.records import ClassMap, Records
 from ..evaluation.confusion import match_any_class
 from ..evaluation.errors import mistakes
 from ..evaluation.results import plot_boxes
@@ -161,19 +161,23 @@ def plot_sample(records, i, partition=None, detections=None, marked=None, axes=N
     image = records.image(i)
     sources = {"annotated": records.gt} | (detections or {})
     if axes is None:
-        _, axes = plt.subplots(1, len(sources), figsize=(3.2 * len(sources), 3.6))
+        _, axes = plt.subplots(1, len(sources), figsize=(3.2 * min(len(sources), 10), 3.6))
     axes = np.ravel(axes)
     head_of = partition.head_of if partition else None
     for ax, (source, boxes) in zip(axes, sources.items(), strict=False):  # there may be more axes
         here = boxes["image"] == i
         part = {k: boxes[k][here] for k in ("box", "label", "score") if k in boxes}
         thick = None if marked is None else marked.loc[source].to_numpy()[here]
-        plot_boxes(image, part, records.names, head_of, thick, ax).set_title(source)
+        plot_boxes(image, part, records.names, head_of, thick, ax).set_title(
+            source, parse_math=False
+        )
     if partition and partition.nh > 1:
         handles = []
         for h, head in enumerate(partition.heads):
             color = HEAD_COLORS[h % len(HEAD_COLORS)]
             handles.append(plt.Line2D([], [], c=color, lw=4, label=head.name))
         columns = min(6, partition.nh)
-        axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        legend = axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a name may have a $
     return axes

@@ -21,7 +21,7 @@ from PIL import Image
 from .. import __version__
 from ..core.files import write_atomic
 from ..data.boxes import letterbox, unletterbox
-from ..data.readers import read_image
+from ..data.images import read_image
 from ..evaluation.results import detections_apart
 from ..model.detector import Detections, decode, detect
 from ..model.multihead import per_anchor

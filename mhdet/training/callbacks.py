@@ -11,6 +11,7 @@ import io
 import json
 import math
 import time
+import weakref
 from pathlib import Path
 
 from ..core.files import write_atomic
@@ -74,7 +75,9 @@ class Recorder(Callback):
         kept = [row for row in self.log.rows() if row["epoch"] <= learner.epoch]
         if self.log.path.exists() and learner.accelerator.is_main_process:
             rewrite_log(self.log.path, kept)
-        learner.row, self.learner = kept[-1] if kept else {}, learner
+        learner.row = kept[-1] if kept else {}
+        # the learner refers to its callbacks: a proxy lets it and its data go with the training
+        self.learner = weakref.proxy(learner)
 
     def before_epoch(self, learner):
         past = self.past if learner.batch else {}  # of an epoch that is continued

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import convert_to_fp32, gather_object, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from torch.utils.data import DataLoader
 
 # %% ../../nbs/05_training/00_learner.ipynb #14c2913e
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -334,7 +335,8 @@ class Learner:
         images of the batch; `loss` is the one that is minimised (`KeyError` without it).
     optimizer : torch.optim.Optimizer
     loader : iterable with a length
-        Yields batches (images (B, ...), targets, ...).
+        Yields batches (images (B, ...), targets, ...). If it has `close()`, that is called at the
+        end of every fit.
     callbacks : list of Callback
         Called in this order.
     device, precision : str
@@ -449,6 +451,8 @@ class Learner:
                         raise failure
             except StopFit as reason:
                 self.stopped = str(reason)
+            finally:
+                self.close_loader()
             call_hook(self, "after_fit")
         return self
 
@@ -499,10 +503,17 @@ class Learner:
         if not hasattr(sampler, "divide"):
             raise ValueError("this loader's batches cannot be divided")
         sampler.divide(parts)
-        self.loader._iterator = None  # workers that were asked for the undivided batches
+        self.close_loader()  # its workers were asked for the undivided batches
         self.batch = self.batch * parts // self.parts
         self.accumulate = self.accumulate * parts // self.parts
         self.parts, self.n_batches = parts, len(self.loader)
+
+    def close_loader(self):
+        """End the loader's worker processes, where it can do that; the next epoch starts them."""
+        if hasattr(self.loader, "close"):
+            self.loader.close()
+        elif isinstance(self.loader, DataLoader):
+            self.loader._iterator = None  # persistent workers end with it
 
     def stop_requested(self):
         """Whether this or another process was asked to stop."""

@@ -55,7 +55,9 @@ class Progress(Callback):
         shown = not self.bar.disable  # asked first: a closed bar says it is disabled
         self.bar.close()
         if shown:
-            values = [f"{k} {learner.row[k]:.4g}" for k in self.show if k in learner.row]
+            row = {k: learner.row[k] for k in self.show if k in learner.row}
+            # a value that could not be measured, such as AP50 of no objects, is a dash
+            values = [f"{k} -" if v is None else f"{k} {v:.4g}" for k, v in row.items()]
             tqdm.write(f"epoch {learner.epoch}/{learner.epochs}  " + "  ".join(values))
 
     def after_fit(self, learner):
