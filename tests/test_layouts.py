@@ -14,6 +14,7 @@ from odd import (
     place,
     put_images,
     renamed,
+    situation,
     told,
     write_coco,
     write_voc,
@@ -227,6 +228,12 @@ def check(splits, images, names):
         assert records.names == list(names) and not records.lost()
 
 
+@situation(
+    "partners",
+    "Exports of Roboflow, CVAT, Label Studio, Ultralytics and LabelImg as COCO, VOC and YOLO, "
+    "in 22 layouts",
+    "read as they are, with the same boxes from all",
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_drawn_images_are_read_from(layout, tmp_path):
     test = 0 if layout in NO_TEST_SPLIT else 3

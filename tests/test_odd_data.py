@@ -195,7 +195,7 @@ def test_signs_in_names(images, tmp_path, stem, source):
 @situation(
     "partners",
     "Letters with accents, composed in the annotation and decomposed on the disk (macOS)",
-    "the same name",
+    "found",
 )
 @pytest.mark.parametrize("source", ["coco", "list", "yolo"])
 def test_accents(images, tmp_path, source):
@@ -264,7 +264,7 @@ def test_image_without_label_file(images, tmp_path):
 @situation(
     "partners",
     "YOLO: a label file whose image is gone",
-    "counted; `classes.txt` and `notes.json` are none",
+    "counted; `classes.txt` and `notes.json` are no label files",
 )
 def test_label_file_without_image(images, tmp_path):
     yml = write_yolo(tmp_path / "set", images)
@@ -445,7 +445,7 @@ def test_paths_of_a_list(images, tmp_path, line):
 
 @situation(
     "partners",
-    "A list names an image that is not there, or two in one line (`a.jpgb.jpg`)",
+    "A list names an image that is not there",
     "counted as an image without file; above 5 % refused, and the first is named",
 )
 @pytest.mark.parametrize("source", ["yolo", "voc", "coco"])
@@ -502,6 +502,14 @@ def test_paths_of_coco(images, tmp_path, file_name, layout):
     splits = read(write_coco(tmp_path / "set", images, layout, file_name=file_name))
     check_same(splits, images)
     assert told(splits) == {"listed paths read otherwise": 2}
+
+
+def test_blanks_as_percent_20(images, tmp_path):
+    images = renamed(images, "my {stem}")
+    root = write_coco(tmp_path / "set", images, file_name="images/my%20{stem}.jpg")
+    for file in (root / "annotations").iterdir():
+        file.write_text(file.read_text().replace("%20my ", "%20"))
+    check_same(read(root), images)
 
 
 @situation(
