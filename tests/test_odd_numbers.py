@@ -130,6 +130,7 @@ def test_confidence_and_track(images, tmp_path, more):
     splits = read(yml)
     assert sum(len(r.gt["label"]) for r in splits.values()) == 0
     assert sum(told(splits).values()) == 18
+    assert all("looks like" in kind for kind in told(splits))
 
 
 def outline(box, points=4):
@@ -156,6 +157,31 @@ def test_outlines(images, tmp_path, points):
     splits = read(yml)
     check_same(splits, images)
     assert told(splits) == {}
+
+
+@situation(
+    "numbers",
+    "YOLO: outlines of objects that are small in their images (turned boxes of aerial images)",
+    "an outline becomes the box around it, wherever the objects are; none is taken for keypoints",
+)
+@pytest.mark.parametrize("points", [3, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("end", [0.9, 0.5])  # all over the image, or above and left
+def test_small_outlines(images, tmp_path, points, end):
+    yml, rng = write_yolo(tmp_path / "set", images), np.random.default_rng(points)
+    due = []
+
+    def change(m, v):
+        angle = rng.uniform(0, 6.3) + np.linspace(0, 6.3, points, endpoint=False)
+        radius = 0.02 + 0.01 * rng.random((points, 1))
+        xy = rng.uniform(0.2, end, 2) + radius * np.c_[np.cos(angle), np.sin(angle)]
+        due.append(np.r_[xy.min(0), xy.max(0)] * np.tile(m.size, 2))
+        return [v[0], *(f"{u:.9f}" for u in xy.ravel())]
+
+    relabel(yml, images, change)
+    splits = read(yml)
+    assert told(splits) == {}
+    boxes = np.concatenate([r.gt["box"] for r in splits.values()])
+    assert np.allclose(sorted(boxes.tolist()), sorted(map(list, due)), atol=1e-4)
 
 
 @situation(
