@@ -4,7 +4,10 @@ Most situations are those of public bug reports about other tools; every file is
 page docs/odd_data.md is made from what stands above the tests (`python docs/build.py odd`).
 """
 
+import re
+import struct
 import xml.etree.ElementTree as ET
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -497,6 +500,38 @@ def test_corners_from_0(images, tmp_path):
     assert sum(len(r.gt["label"]) for r in splits.values()) == 9
 
 
+@situation(
+    "partners",
+    "VOC: a list has `000.jpg` or `JPEGImages/000.jpg` instead of `000`",
+    "the XML of that name is read",
+)
+@pytest.mark.parametrize("line", ["{}.jpg", "JPEGImages/{}.jpg", "C:\\d\\{}.JPG", "{}.jpg 1"])
+def test_voc_list_of_files(images, tmp_path, line):
+    root = write_voc(tmp_path / "set", images)
+    for file in (root / "ImageSets/Main").glob("*.txt"):
+        file.write_text("".join(line.format(s) + "\n" for s in file.read_text().split()))
+    splits = read(root)
+    check_same(splits, images)
+    assert told(splits) == {}
+
+
+@situation(
+    "numbers",
+    "VOC: blanks around a class name; an object without a name",
+    "the same class; skipped and counted",
+)
+def test_voc_names(images, tmp_path):
+    root = write_voc(tmp_path / "set", images)
+    files = sorted((root / "Annotations").glob("*.xml"))
+    for file in files[1:]:
+        file.write_text(re.sub(r"<name>(\w+)</name>", r"<name> \1\n</name>", file.read_text()))
+    nameless = re.sub(r"<name>\w+</name>", "<name></name>", files[0].read_text())
+    files[0].write_text(nameless)
+    splits = read(root)
+    assert {tuple(r.names) for r in splits.values()} == {("c0", "c1")}
+    assert told(splits) == {"unknown category": 2}
+
+
 # Image files.
 
 
@@ -536,6 +571,37 @@ def test_depths(images, tmp_path, depth):
         seen = np.asarray(read_image(file)).astype(int)
         assert np.abs(seen - grey(m)[..., None]).max() <= 2
     assert set(told(splits)) <= {"pixels scaled to 8 bits"}
+
+
+def png_of_16_bits(values):
+    "The file of an image of 16 bits a colour (H, W, 3 or 4), which Pillow does not write."
+    height, width, colours = values.shape
+    form = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[colours], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    out = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", form), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        out += struct.pack(">I", len(content)) + name + content + check
+    return out
+
+
+@situation(
+    "pixels",
+    "Colour PNG of 16 bits a colour, in which 8, 12 or all of them are used",
+    "all are read and scaled; where fewer than 16 are used, it is counted",
+)
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_deep_colours(images, tmp_path, bits, opaque):
+    yml = write_yolo(tmp_path / "set", images)
+    values = np.random.default_rng(bits).integers(0, 2**bits, (*SIZE[::-1], 3))
+    alpha = np.full((*SIZE[::-1], 1), 65535)
+    stored = np.concatenate([values, alpha], 2) if opaque else values
+    image_file(yml.parent, images[0]).unlink()
+    file = image_file(yml.parent, images[0], ".png")
+    file.write_bytes(png_of_16_bits(stored))
+    assert (np.asarray(read_image(file)) == values >> (bits - 8)).all()
+    assert told(read(yml)) == ({"pixels scaled to 8 bits": 1} if bits < 16 else {})
 
 
 @situation(
