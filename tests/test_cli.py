@@ -116,6 +116,7 @@ BAD = {
         "absent.yaml: no such file; mhdet partition makes head files"
     ),
     "train epochs=0": "epochs: Expected `int` >= 1, got 0",
+    "train seed=99999999999999999999": "seed: Expected `int` <= 4294967295",
     "train imgsz=100": "imgsz: Expected `int` that's a multiple of 32, got 100",
     "train dev=1.5": "dev: Expected `float` < 1.0, got 1.5",
     "train momentum=2": "momentum: Expected `float` < 1.0, got 2",

@@ -459,7 +459,7 @@ def test_names_as_they_stand(trained, name):
 
 @situation(
     "words",
-    "`run=a@b`, `run=../up`, `run=x/y`, `run=.`, an empty name",
+    "`run=a@b`, `run=../up`, `run=x/../../y`, `run=.`, `run=-1`",
     "refused: such a run could not be named again, or would lie elsewhere",
 )
 @pytest.mark.parametrize("name", ["a@b", "-1", "../up", "x/../../y", ".", "..", "a@best"])
