@@ -159,6 +159,15 @@ def test_detect_answers_images_of_any_shape(here, folder):
             assert max(drawing.size) <= MOST
 
 
+def test_detect_names_folders_of_images_that_it_does_not_enter(here, folder):
+    for name in ("a.png", "day 2/b.png", "notes/c.txt", ".cache/d.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        draw(folder / name) if name.endswith("png") else (folder / name).touch()
+    code, facts, err = detect([folder])
+    assert (code, facts["pictures"], facts["passed_over"]) == (0, 1, 1)
+    assert err == ["mhdet: passed over: folder of images inside: 1 (in/day 2)"]
+
+
 def test_detect_names_what_it_cannot_read_and_answers_the_rest(here, folder):
     "More than the 5 % of a data set: it is somebody's folder."
     for name in ("good.JPG", "good two.jpeg", "._mac.jpg", ".hidden.png"):
