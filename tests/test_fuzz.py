@@ -472,7 +472,9 @@ def yolo_truth(root, names):
     out, n = [], 0
     for k in range(N):
         file = root / f"labels/{k}.txt"
-        for line in file.read_text("utf-8-sig", errors="replace").splitlines():
+        content = file.read_bytes()
+        form = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        for line in content.decode(form, errors="replace").splitlines():
             if not line.strip():
                 continue
             n += 1
