@@ -540,6 +540,23 @@ def test_coco_image_that_is_not_listed(images, tmp_path):
 
 @situation(
     "partners",
+    'COCO: ids that are text in one list and numbers in the other (`"image_id": "7"`)',
+    "skipped and counted, with the cause",
+)
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_coco_ids_as_text(images, tmp_path, key):
+    def change(split, content):
+        for note in content["annotations"]:
+            note[key] = str(note[key])
+
+    splits = read(write_coco(tmp_path / "set", images, change=change))
+    ((kind, n),) = told(splits).items()
+    assert kind.endswith("(text in one list, a number in the other)")
+    assert n == 18
+
+
+@situation(
+    "partners",
     "COCO: annotations of an unknown image or category; the same image twice",
     "counted by kind, the rest is read",
 )
