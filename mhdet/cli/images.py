@@ -82,6 +82,9 @@ def _image_files(paths):
     "Files of images in these files and folders, each once, and what is not used: kind -> places."
     from mhdet.data.images import _UNREAD, SUFFIXES
 
+    def has_images(folder):
+        return any(os.path.splitext(name)[1].lower() in SUFFIXES for name in os.listdir(folder))
+
     files, left_out = {}, {}
     for path in map(Path, paths):
         inside = [path]
@@ -95,6 +98,8 @@ def _image_files(paths):
                     left_out.setdefault("hidden image file", []).append(str(file))
                 elif suffix in SUFFIXES and not file.is_dir():
                     inside.append(file)
+                elif file.is_dir() and not file.name.startswith(".") and has_images(file):
+                    left_out.setdefault("folder of images inside", []).append(str(file))
         if not inside:
             kinds = ", ".join(sorted(SUFFIXES))
             left_out.setdefault("no images", []).append(
@@ -128,7 +133,8 @@ def open_images(paths, names):
     Records
         Of those that can be read; of a folder not what lies in folders inside it. `problems` names
         the others: "unreadable image", "no images" in a folder, and what is passed over in a
-        folder: "hidden image file" and "image of a kind that is not read".
+        folder: "hidden image file", "image of a kind that is not read", "folder of images
+        inside".
 
     Raises
     ------
@@ -221,7 +227,11 @@ def _save_drawings(files, records, detections, partition):
         plt.close(fig)
 
 
-PASSED_OVER = ("hidden image file", "image of a kind that is not read")
+PASSED_OVER = (
+    "hidden image file",
+    "image of a kind that is not read",
+    "folder of images inside",
+)
 
 
 def _tell_left_out(problems):

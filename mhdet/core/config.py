@@ -23,6 +23,7 @@ from .files import UniqueKeyLoader, parsed, read_yaml, write_atomic
 
 # %% ../../nbs/00_core/01_config.ipynb #3c3e0517
 _Whole, _Count = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
+_Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 _Amount, _Above = Annotated[float, Meta(ge=0)], Annotated[float, Meta(gt=0)]
 _Text = Annotated[str, Meta(min_length=1)]
 _Share, _Part = Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, lt=1)]
@@ -159,7 +160,7 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     run: Annotated[str | None, _about("name of the run; without one, date, time and seed")] = None
-    seed: Annotated[_Whole, _about("seed of every random draw")] = 0
+    seed: Annotated[_Seed, _about("seed of every random draw")] = 0
     epochs: Annotated[_Count, _about("length of the training", "epochs")] = 16
     extra_epochs: Annotated[_Whole, _about("length of a study's arms after the base", "epochs")] = 5
     max_hours: Annotated[
@@ -212,7 +213,7 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         tuple[int, int] | None, _about("smallest and largest side during training", "px")
     ] = None
     restarts: Annotated[_Whole, _about("times an epoch is repeated after a loss of NaN")] = 3
-    restart_seeds: Annotated[list[_Whole], _about("seeds of these repetitions, in turn")] = []
+    restart_seeds: Annotated[list[_Seed], _about("seeds of these repetitions, in turn")] = []
     early_stop: Annotated[
         _Whole, _about("epochs without a better AP50 before stopping; 0: off", "epochs")
     ] = 0

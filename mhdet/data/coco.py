@@ -280,6 +280,20 @@ def _repeated_ids(rows):
     return [i for i, n in count.items() if i is not None and n > 1]
 
 
+def _ids_of_other_type(rows, gt, image_ids, category_ids):
+    "Rows whose unknown id is a known one, but text instead of a number: row -> kind."
+    kinds = {}
+    for column, key, known, kind in (
+        ("image", "image_id", image_ids, "annotation of an unknown image"),
+        ("label", "category_id", category_ids, "unknown category"),
+    ):
+        texts = {str(i) for i in known}
+        for k in np.flatnonzero(gt[column] < 0):
+            if str(rows[k].get(key)) in texts:
+                kinds.setdefault(int(k), f"{kind} (text in one list, a number in the other)")
+    return kinds
+
+
 def read_coco(path, images=None):
     """A split from COCO instances JSON; wrong annotations are skipped, counted and listed.
 
@@ -335,6 +349,7 @@ def read_coco(path, images=None):
     image = np.array([*(position[i] for i in ids), -1])[gt["image"]]
     columns = (image, gt["label"], gt["box"], gt["ignore"], gt["crowd"], gt["area"])
     lacking = [k for k, r in enumerate(notes) if r.get("bbox") in (None, [])]
-    kinds = dict.fromkeys(lacking, "annotation without bbox")
+    kinds = _ids_of_other_type(notes, gt, ids, classes.ids)
+    kinds |= dict.fromkeys(lacking, "annotation without bbox")
     rows = np.column_stack(columns)
     return _make_records(classes, present, rows, where, problems, kinds, stated=True)

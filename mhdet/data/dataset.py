@@ -20,6 +20,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from . import images as images_module
 from .boxes import letterbox, to_cxcywh
 from .cache import content_key, disk_array
 from .images import _describe_error, read_image
@@ -39,7 +40,7 @@ def _squares_key(records, size):
 
     It depends on the code and the libraries that decode them; for files on path, size and times.
     """
-    code = [inspect.getsource(f) for f in (read_image, letterbox, _decode)]
+    code = [inspect.getsource(part) for part in (images_module, letterbox, _decode)]
     how = (code, PIL.__version__, torchvision.__version__, size)
     if records.files is None:
         digest = blake2b(np.ascontiguousarray(records.pixels)).hexdigest()

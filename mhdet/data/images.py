@@ -6,7 +6,9 @@
 __all__ = ['SUFFIXES', 'LOST', 'MAX_LOST', 'read_image', 'image_files', 'locate']
 
 # %% ../../nbs/01_data/01_images.ipynb #6cebf6bf
+import io
 import os
+import re
 import unicodedata
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,7 +25,9 @@ def _to_eight_bits(values):
 
     Whole numbers of b bits are divided by 2^(b - 8); b is the least depth that holds the largest.
     """
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    finite = np.isfinite(values)
+    values = np.where(finite, values, 0)
+    low, high = float(values.min()), float(values.max())
     whole = values.dtype.kind in "iu"
     if not whole and low >= -1 and high <= 1:
         start = -1 if low < 0 else 0
@@ -35,11 +39,41 @@ def _to_eight_bits(values):
         told = f"{depth} bits" if depth else f"values up to {high:g}"
         if values.dtype.itemsize * 8 == depth:
             told = None
-    return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8), told
+    notes = [
+        told,
+        "values below 0 read as 0" if low < 0 and (whole or low < -1 or high > 1) else None,
+        None
+        if finite.all()
+        else f"{(~finite).sum()} of {finite.size} values not finite, read as 0",
+    ]
+    return scaled.clip(0, 255).astype(np.uint8), "; ".join(filter(None, notes)) or None
+
+
+def _deep_colours(image):
+    "Values of an open image of 16 bits a colour, (H, W, 3), of which Pillow reads 8; else None."
+    args = image.tile[0].args if image.tile else ""
+    form = args[0] if isinstance(args, tuple) and args else args
+    if not re.fullmatch("RGBA?;16[BLN]", str(form)):
+        return None
+    # the other order of bytes reads the lower 8
+    other = form[:-1] + ("L" if form[-1] == "B" else "B")
+    position = image.fp.tell()
+    image.fp.seek(0)
+    lower = Image.open(io.BytesIO(image.fp.read()))
+    image.fp.seek(position)
+    lower.tile = [
+        t._replace(args=other if isinstance(t.args, str) else (other, *t.args[1:]))
+        for t in lower.tile
+    ]
+    high, low = (np.asarray(ImageOps.exif_transpose(i).convert("RGB")) for i in (image, lower))
+    return high.astype(np.uint16) * 256 + low
 
 
 def _decode(image):
     "An open image as upright 8-bit RGB, and how its values were scaled, or None."
+    if (values := _deep_colours(image)) is not None:
+        values, told = _to_eight_bits(values)
+        return Image.fromarray(values), told
     image = ImageOps.exif_transpose(image)
     told = None
     if image.mode[0] in "IF":
@@ -121,27 +155,34 @@ def image_files(folder):
     return sorted(files), {kind: sorted(places) for kind, places in problems.items()}
 
 # %% ../../nbs/01_data/01_images.ipynb #0f7e38a7
+def _plain(name):
+    "A name as it is compared: accents composed, without case."
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class _Folders:
     "The names in folders, read once each, to find files that are spelled otherwise."
 
     def __init__(self):
-        self.names = {}
+        self._names = {}
+
+    def _alike(self, place):
+        "Plain name, and plain stem of images, -> the names in a folder that have it."
+        if place not in self._names:
+            whole, stems = {}, {}
+            for name in os.listdir(place) if os.path.isdir(place) else []:
+                whole.setdefault(_plain(name), []).append(name)
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in SUFFIXES and not name.startswith("."):
+                    stems.setdefault(_plain(stem), []).append(name)
+            self._names[place] = whole, stems
+        return self._names[place]
 
     def other_spelling(self, file):
         "The only file that `file` can mean, or None."
         place = file.parent
-        if place not in self.names:
-            self.names[place] = os.listdir(place) if os.path.isdir(place) else []
-
-        def plain(name):
-            return unicodedata.normalize("NFC", name).casefold()
-
-        def is_image(name):
-            return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-
-        same = [n for n in self.names[place] if plain(n) == plain(file.name)]
-        stem = plain(file.stem)
-        same = same or [n for n in self.names[place] if is_image(n) and plain(Path(n).stem) == stem]
+        whole, stems = self._alike(place)
+        same = whole.get(_plain(file.name)) or stems.get(_plain(file.stem), [])
         return place / same[0] if len(same) == 1 and os.path.isfile(place / same[0]) else None
 
 

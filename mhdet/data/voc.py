@@ -112,6 +112,11 @@ def voc_splits(root):
     return splits
 
 
+def _object_name(element):
+    "The class of an object; empty where it has none."
+    return (element.findtext("name") or "").strip()
+
+
 def _voc_names(root, names):
     "VOC's classes, or those of all annotations: a class may be so rare that one split lacks it."
     if names != set(VOC):
@@ -120,8 +125,8 @@ def _voc_names(root, names):
             # a broken file that no list names is not part of the data set
             with contextlib.suppress(ET.ParseError, OSError):
                 objects = ET.parse(file).getroot().findall("object")
-                names = names | {o.findtext("name") for o in objects}
-    names -= {None}
+                names = names | {_object_name(o) for o in objects}
+    names -= {""}
     return VOC if names <= set(VOC) else sorted(names)
 
 
@@ -137,7 +142,11 @@ def _listed_stems(listed, annotations):
         is_whole = flag not in ("1", "0", "-1") or os.path.isfile(
             annotations / f"{line.strip()}.xml"
         )
-        stems.append(line.strip() if is_whole else name.strip())
+        stem = line.strip() if is_whole else name.strip()
+        image = Path(stem.replace("\\", "/"))
+        if image.suffix.lower() in SUFFIXES and os.path.isfile(annotations / f"{image.stem}.xml"):
+            stem = image.stem  # a list of files
+        stems.append(stem)
     return list(dict.fromkeys(stem for stem in stems if stem))
 
 
@@ -152,7 +161,8 @@ def _voc_trees(annotations, stems, listed):
                 raise ValueError(f"{file}: expected 'annotation' at the top, got {trees[stem].tag}")
     if not trees:
         raise FileNotFoundError(
-            f"{annotations}: no XML for any of the {len(stems)} images in {listed.name}"
+            f"{annotations}: no XML for any of the {len(stems)} images in {listed.name}, "
+            f"such as {stems[0]}.xml"
         )
     return trees
 
@@ -247,7 +257,7 @@ def read_voc(root, split, names=None):
         if unlisted := [f"{s}.xml" for s in on_disk if s not in listed]:
             problems["XML in no list"] = unlisted
     objects = [(s, o) for s, tree in trees.items() for o in tree.findall("object")]
-    object_names = [o.findtext("name") for _, o in objects]
+    object_names = [_object_name(o) for _, o in objects]
     names = list(names or _voc_names(root, set(object_names)))
     classes = ClassMap(names, list(names))
     rows = []

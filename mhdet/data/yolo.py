@@ -28,7 +28,9 @@ def _resolve(yaml, path):
 
 
 def _lines(file):
-    return file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    content = file.read_bytes()
+    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes a text
+    return content.decode("utf-16" if wide else "utf-8-sig", errors="replace").splitlines()
 
 
 def _read_spec(path):
@@ -121,8 +123,11 @@ class _LabelFolders:
     def names(self, folder):
         "Names without suffix -> label file, of one folder."
         if folder not in self._names:
-            inside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-            texts = [n for n in inside if n.lower().endswith(".txt") and not n.startswith(".")]
+            inside = os.scandir(folder) if os.path.isdir(folder) else ()
+            texts = sorted(
+                f.name for f in inside if f.name.lower().endswith(".txt") and f.is_file()
+            )
+            texts = [n for n in texts if not n.startswith(".")]
             self._names[folder] = {_composed(n[:-4]): folder / n for n in texts}
         return self._names[folder]
 
@@ -207,6 +212,24 @@ def _holds(box, points, hull):
     return bool((apart < 4e-3).all())
 
 
+def _begins_outline(box, points):
+    """Whether the first four numbers are rather two points of an outline than cx, cy, w, h.
+
+    Outlines that are small for their place would lie inside such boxes, as keypoints do. But then
+    the boxes go past the image, or the second point lies by the others (n, k, 2) all the same.
+    """
+    corners = _box_of(box, "box")
+    beyond = ((corners < -TOLERANCE) | (corners > 1 + TOLERANCE)).any(1)
+    if beyond.mean() > 0.05:
+        return True
+    there = (points != 0).any(2, keepdims=True)
+    others = np.concatenate([box[:, None, :2], np.where(there, points, box[:, None, :2])], 1)
+    low, high = others.min(1), others.max(1)
+    reach = (high - low).max(1, keepdims=True)
+    near = ((box[:, 2:] >= low - reach) & (box[:, 2:] <= high + reach)).all(1)
+    return bool((near & (high - low <= box[:, 2:] / 3).all(1)).mean() >= 0.8)
+
+
 def _form_of(values, shape):
     """What lines of n numbers behind the class are: `box`, `outline`, or what is wrong with them.
 
@@ -216,6 +239,15 @@ def _form_of(values, shape):
     due = "4" if not shape else f"4 or {4 + shape[0] * shape[1]}"
     if n == 4 or (shape and n == 4 + shape[0] * shape[1]):
         return "box"
+    if n == 5 and not shape and lines >= 3 and ((values >= 0) & (values <= 1)).all():
+        return (
+            f"line with 5 numbers behind the class, expected 4 (looks like a confidence: {lines})"
+        )
+    keypoints = "line with keypoints (kpt_shape is not stated)"
+    if n % 6 == 1 and n > 6 and not shape:  # x, y and a mark each
+        marked = values[:, 4:].reshape(lines, -1, 3)[:, :, :2]
+        if _holds(values[:, :4], marked, hull=False):
+            return keypoints
     if n < 6 or n % 2 or shape:
         return f"line with {n} numbers behind the class, expected {due}"
     box, rest = values[:, :4], values[:, 4:]
@@ -227,8 +259,9 @@ def _form_of(values, shape):
         return "box"
     flat = rest.reshape(lines, -1, 2)
     marked = rest.reshape(lines, -1, 3)[:, :, :2] if rest.shape[1] % 3 == 0 else flat
-    if lines >= 5 and in_range and any(_holds(box, points, False) for points in (flat, marked)):
-        return "line with keypoints (kpt_shape is not stated)"
+    readings = [p for p in (flat, marked) if lines >= 5 and in_range and _holds(box, p, False)]
+    if readings and not any(_begins_outline(box, p) for p in readings):
+        return keypoints
     return "outline"
 
 
@@ -297,7 +330,7 @@ def _names_of(path, spec):
         raise ValueError(f"{path}: {e}") from None
     nc = spec.get("nc")
     if nc is not None and nc != len(names):
-        raise ValueError(f"{path}: nc is {str(nc)[:200]}, but there are {len(names)} names")
+        raise ValueError(f"{path}: nc is {repr(nc)[:200]}, but there are {len(names)} names")
     return names
 
 
