@@ -8,8 +8,10 @@ here = Path(__file__).parent
 cfg = ConfigParser(delimiters=["="])
 cfg.read(here / "settings.ini", encoding="utf8")
 cfg = cfg["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "docs", "onnx")}
-extras["dev"] += extras["docs"] + extras["onnx"]  # the tests build the site and the ONNX file
+names = ("dev", "docs", "onnx", "timm", "pretrained")
+extras = {name: cfg[f"{name}_requirements"].split() for name in names}
+# the tests build the site and the ONNX file, and train a pretrained backbone
+extras["dev"] += extras["docs"] + extras["onnx"] + extras["pretrained"]
 
 readme = (here / "README.md").read_text(encoding="utf8")
 blob = (
