@@ -257,14 +257,30 @@ def coco():
     return dict(images=images, annotations=notes, categories=categories)
 
 
+def stated_size(m):
+    return m.get("width") or W, m.get("height") or H
+
+
+def leaves_its_image(note, images):
+    "Whether a box goes past the size that is stated: then the size of the file counts."
+    try:
+        x, y, w, h = note["bbox"]
+        width, height = stated_size(images[key(note["image_id"])])
+        assert isinstance(note["bbox"], list) and all(map(number, (x, y, w, h)))
+        return x < 0 or y < 0 or float(x) + w > width or float(y) + h > height
+    except (AssertionError, TypeError, KeyError, ValueError, AttributeError):
+        return False
+
+
 def coco_truth(data):
     "The boxes that are right, of a file that could be read."
     images, names = {}, {key(c["id"]): c["name"] for c in data["categories"]}
     for m in data["images"]:
         images.setdefault(key(m["id"]), m)
     there = {f"{k}.png" for k in range(N)}
-    out = []
-    for a in data["annotations"]:
+    out, notes = [], data["annotations"]
+    corrected = {key(a["image_id"]) for a in notes if leaves_its_image(a, images)}
+    for a in notes:
         try:
             m, name = images[key(a["image_id"])], names[key(a["category_id"])]
             b = a["bbox"]
@@ -277,7 +293,7 @@ def coco_truth(data):
         known = key(a["image_id"]) is not None and key(a["category_id"]) is not None
         good = known and number(area) and area >= 0
         x, y, w, h = map(float, (x, y, w, h))
-        box, size = (x, y, x + w, y + h), (m.get("width") or W, m.get("height") or H)
+        box, size = (x, y, x + w, y + h), (W, H) if key(m["id"]) in corrected else stated_size(m)
         if good and m["file_name"] in there and valid(*box, *size):
             out.append((key(m["id"]), name, *box, any(ignore), crowd, round(float(area), 6)))
     return out

@@ -154,12 +154,12 @@ def test_every_detection_has_its_counterpart_in_photographs(tmp_path):
     run = train(cfg.override(run="voc"), splits, root=tmp_path, quiet=True)
     model = load_run(run)[0]
     for m in (model, split_heads(model, random_heads(val.names, 4, 0))):
-        expected = predict(m, DetDataset(val, 64), conf=0.002)[0]
+        expected = predict(m, DetDataset(val, 64), conf=0.001)[0]
         assert len(expected["score"]) > 500
         assert expected["score"].max() > 0.01
-        for nms in (None, dict(conf=0.002)):
+        for nms in (None, dict(conf=0.001)):
             file = to_onnx(m, tmp_path / "m.onnx", 64, nms)["path"]
-            limits = {} if nms else dict(conf=0.002)
+            limits = {} if nms else dict(conf=0.001)
             dt = run_onnx(file, val.files, **limits)
             box = val.sizes.max() * TOLERANCE
             apart = detections_apart(dt._asdict(), expected, TOLERANCE, box)

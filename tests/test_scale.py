@@ -120,7 +120,7 @@ def both(tmp_path_factory):
     "Two runs, with group norm and batch norm, by one process and by two; a small rate: rounding."
     root, words = (
         tmp_path_factory.mktemp("both"),
-        " + ".join(f"run={n} norm_layer={n} epochs=1 lr=0.002" for n in ("gn", "bn")).split(),
+        " + ".join(f"run={n} norm_layer={n} epochs=1 lr=0.0002" for n in ("gn", "bn")).split(),
     )
     return root, losses(root / "one", 1, *words), losses(root / "two", 2, *words)
 
