@@ -67,7 +67,7 @@ def predictions(raws, model):
 def write_tiny(folder, nc=3, seed=41, size=64):
     one = named([list(range(nc))])
     state = draw_weights(to_foreign(Detector.make(one, implicit=True)), seed)
-    model = load_foreign(state, one)
+    model = load_foreign(state, one, implicit=True)
     images = draw_images(2, size, seed + 1)
     with torch.no_grad():
         raws = model(images.float() / 255)

@@ -61,7 +61,7 @@ def detector(form):
                 torch.nn.init.normal_(block.gain)
         return model
     one = Detector.make(Partition.single(NAMES), 0.125, implicit=True)
-    one = load_foreign(draw_weights(to_foreign(one), 0), one.head.partition)
+    one = load_foreign(draw_weights(to_foreign(one), 0), one.head.partition, implicit=True)
     return one if form == "one" else split_heads(one, many, **FORMS[form])
 
 
