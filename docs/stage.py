@@ -60,6 +60,7 @@ BEGIN = [
     "docs/remote",
     "docs/colab",
     "nbs/tutorials/colab",
+    "docs/backbones",
     "docs/odd_data",
     "docs/troubleshooting",
 ]
