@@ -26,6 +26,8 @@ ORDER = (
     "calibrate",
     "partition",
     "split",
+    "import",
+    "convert",
     "detect",
     "data",
     "options",

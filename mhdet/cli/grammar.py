@@ -232,7 +232,7 @@ def chosen_keys(sources, uses=None):
     """
     if not sources:
         return {}
-    from mhdet.core.config import load_config
+    from mhdet.core.config import RETIRED, load_config
     from mhdet.core.files import read_yaml
 
     flat, keys = load_config(*sources).flat(), []
@@ -242,6 +242,7 @@ def chosen_keys(sources, uses=None):
         else:
             keys += source if isinstance(source, dict) else read_yaml(source)
     names = [key.split(".")[-1] for key in keys]
+    names = [name for name in names if name not in RETIRED]
     if uses is not None:
         for name in names:
             if name not in uses.split():

@@ -85,7 +85,7 @@ def memory_needs(cfg, nc=80):
     Parameters
     ----------
     cfg : Config
-        `imgsz`, `width` and the loss matter.
+        `imgsz`, `trunk`, `width` and the loss matter.
     nc : int
         Number of classes.
 
@@ -96,9 +96,10 @@ def memory_needs(cfg, nc=80):
     """
     import torch
 
-    from mhdet.experiment.run import build, make_loss
+    from mhdet.experiment.run import build, make_loss, with_width
 
-    model = build(cfg.override(heads=None, weights=None), [str(i) for i in range(nc)])
+    cfg = with_width(cfg).override(heads=None, weights=None, pretrained="none")
+    model = build(cfg, [str(i) for i in range(nc)])
     kept = {}
 
     def pack(tensor):
@@ -183,11 +184,24 @@ def _faults(cfg, cuda, free, need, disk):
     return [fault for fault, present in faults.items() if present]
 
 
+def _trunk_table(rows):
+    "Costs of trunks as a table, in millions and milliseconds of one image."
+    shown = []
+    for row in rows:
+        cells = {"trunk": row["trunk"], "params (M)": "-", "MACs (M)": "-", "ms": "-"}
+        if not row["lacks"]:
+            cells["params (M)"] = f"{row['params'] / 1e6:.2f}"
+            cells["MACs (M)"] = f"{row['macs'] / 1e6:,.0f}"
+            cells["ms"] = f"{row['ms']:.1f}"
+        shown.append(cells | {"lacks": row["lacks"]})
+    return text_table(shown, left=True)
+
+
 @command()
 def _doctor(names, chosen):
-    """This machine, what a batch will need, what is wrong.
+    """This machine, what a batch needs, what trunks cost.
 
-    Exit 1 if something is. key=value and --config describe the batch.
+    Exit 1 if something is. key=value and --config describe batch and trunk.
     """
     import shutil
 
@@ -196,8 +210,11 @@ def _doctor(names, chosen):
 
     from mhdet.core.config import load_config
     from mhdet.core.runs import environment
+    from mhdet.experiment.run import with_width
+    from mhdet.model.trunks import TRUNKS, trunk_costs
 
-    cfg, env, cuda = load_config(chosen), environment(), torch.cuda.is_available()
+    cfg = with_width(load_config(chosen))
+    env, cuda = environment(), torch.cuda.is_available()
     weights, per_image = memory_needs(cfg)
     if cuda and cfg.training.device != "cpu":
         free = torch.cuda.mem_get_info()[0]
@@ -214,12 +231,16 @@ def _doctor(names, chosen):
         "cpus": os.cpu_count(),
         "batch": cfg.data.batch,
         "imgsz": cfg.data.imgsz,
+        "trunk": cfg.network.trunk,
         "width": cfg.network.width,
         **{f"{name}_gib": round(size / 2**30, 2) for name, size in sizes.items()},
     }
+    names = dict.fromkeys((cfg.network.trunk, *TRUNKS))
+    trunks = trunk_costs(names, cfg.network.width, cfg.data.imgsz)
     lines = [f"{key:18}{'-' if value is None else value}" for key, value in facts.items()]
-    text = "\n".join([*lines, "", table, "", *(wrong or ["nothing wrong"])])
-    return facts | {"batches": batches, "wrong": wrong}, text, bool(wrong)
+    wrong_lines = wrong or ["nothing wrong"]
+    text = "\n".join([*lines, "", table, "", _trunk_table(trunks), "", *wrong_lines])
+    return facts | {"batches": batches, "trunks": trunks, "wrong": wrong}, text, bool(wrong)
 
 # %% ../../nbs/11_cli/04_machine.ipynb #7ba9f154
 @command("", usage="")

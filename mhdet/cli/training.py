@@ -33,7 +33,6 @@ def _train(
     names,
     chosen,
     resume: str = option(None, "A run to go on with."),
-    trust: bool = option(False, "Open pickled weights, which may run code.", "--trust"),
     root: str = option(ROOT, "Folder of all runs: for the rows of a sweep.", hidden=True),
 ):
     """Train one run.
@@ -47,8 +46,6 @@ def _train(
     sources = [chosen]
     if resume:
         sources = [find_run(resume, root)[0] / "config.yaml", _resumable(resume, chosen)]
-    if trust:
-        sources.append({"trust": True})
     run = train(load_config(*sources), resume=resume, root=root)
     stopped = json.loads((run / "env.json").read_text())["stopped"]
     name = shlex.quote(str(run.relative_to(ROOT) if run.is_relative_to(ROOT) else run))
@@ -60,6 +57,18 @@ def _train(
     return facts, [facts]
 
 # %% ../../nbs/11_cli/01_training.ipynb #8bf238b8
+def _new_folder(out):
+    "The folder that `--out` means: a name of a run, or a path."
+    from mhdet.core.runs import check_run_name
+
+    folder = Path(out)
+    if folder.name == out:
+        return Path(ROOT) / check_run_name(out, ROOT)
+    if folder.is_relative_to(ROOT):
+        check_run_name(folder.relative_to(ROOT).as_posix(), ROOT)
+    return folder
+
+
 @command("", (1, 1), "RUN")
 def _split(
     names,
@@ -68,17 +77,13 @@ def _split(
     out: str = option(..., "Name or path of the new run."),
 ):
     "Split a trained head into several; detections do not change."
-    from mhdet.core.runs import check_run_name, new_run, note_run
+    from mhdet.core.runs import new_run, note_run
     from mhdet.experiment.run import load_run
     from mhdet.model.surgery import split_heads
     from mhdet.partition.heads import load_heads, save_heads
     from mhdet.training.checkpoint import save
 
-    folder = Path(out)
-    if folder.name == out:
-        folder = Path(ROOT) / check_run_name(out, ROOT)
-    elif folder.is_relative_to(ROOT):
-        check_run_name(folder.relative_to(ROOT).as_posix(), ROOT)
+    folder = _new_folder(out)
     model, cfg = load_run(names[0], ROOT)
     split = split_heads(model, load_heads(heads, model.head.partition.names))
     split_cfg = cfg.override(run=folder.name, heads=str(folder / "heads.yaml"), weights=names[0])
@@ -92,6 +97,68 @@ def _split(
         "sizes": split.head.partition.sizes.tolist(),
         "params_before": sum(p.numel() for p in model.parameters()),
         "params": sum(p.numel() for p in split.parameters()),
+    }
+    return facts, [facts]
+
+# %% ../../nbs/11_cli/01_training.ipynb #be0f8766
+@command(names=(1, 1), usage="FILE [key=value]...")
+def _import(
+    names,
+    chosen,
+    out: str = option(..., "Name or path of the new run."),
+):
+    """Make a run of somebody's weights, without training.
+
+    YOLOv7-tiny, with one head or several. imgsz is 640 unless given. transfer=classes keeps those
+    of the file's classes that the data have.
+    """
+    from mhdet.core.config import load_config
+    from mhdet.experiment.run import import_run, load_run
+
+    for key in ("run", "weights", "width"):
+        if key in chosen:
+            raise ValueError(f"'{key}' changes nothing here: it follows from FILE and --out")
+    if chosen.get("transfer", "exact") not in ("exact", "classes"):
+        raise ValueError("transfer: must be 'exact' or 'classes' here, where nothing is trained")
+    if "data" not in chosen:
+        raise ValueError("import: expected --data D, the data set whose classes FILE detects")
+    folder = _new_folder(out)
+    cfg = load_config({"imgsz": 640} | chosen | {"run": folder.name})
+    run = import_run(names[0], cfg, folder.parent)
+    model, cfg = load_run(run)
+    facts = {
+        "run": str(run),
+        "classes": model.head.nc,
+        "heads": model.head.nh,
+        "width": cfg.network.width,
+        "imgsz": cfg.data.imgsz,
+        "params": sum(p.numel() for p in model.parameters()),
+    }
+    return facts, [facts]
+
+
+@command("", (1, 1), "FILE")
+def _convert(
+    names,
+    chosen,
+    out: str = option(None, "File to write; without it FILE.safetensors."),
+):
+    "A checkpoint as safetensors; nothing in it is run."
+    from mhdet.model.weights import describe, read_checkpoint, write_tensors
+
+    file, target = (
+        read_checkpoint(names[0]),
+        Path(out or Path(names[0]).with_suffix(".safetensors")),
+    )
+    if target.exists():
+        raise FileExistsError(f"{target}: exists already; give another --out")
+    write_tensors(target, file)
+    facts = {
+        "file": str(target),
+        "holds": describe(file),
+        "tensors": len(file.tensors),
+        "names": len(file.names) if file.names else None,
+        "head_list": bool(file.heads),
     }
     return facts, [facts]
 

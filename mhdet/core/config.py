@@ -86,24 +86,34 @@ class DataConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """The `network` group: the trunk, the heads, and the weights to start from."""
 
+    trunk: Annotated[
+        _Text,
+        _about("`yolov7-tiny`, or its neck behind a backbone `timm/NAME`, `torchvision/NAME`"),
+    ] = "yolov7-tiny"
+    pretrained: Annotated[
+        _Text,
+        _about(
+            "of the backbone: `none`, a file, an installed package, `timm` or `torchvision` (hub)"
+        ),
+    ] = "none"
     width: Annotated[
-        float, Meta(gt=0, le=8), _about("channels of the trunk, as a multiple of YOLOv7-tiny's")
-    ] = 0.25
+        Annotated[float, Meta(gt=0, le=8)] | None,
+        _about("channels as a multiple of YOLOv7-tiny's; null: as in `weights`, otherwise 0.25"),
+    ] = None
     heads: Annotated[str | None, _about("a head file; null: one head for all classes")] = None
     boxes: Annotated[
         Literal["head", "shared"], _about("box regression of its own per head, or one for all")
     ] = "head"
     adapter: Annotated[
-        Literal["none", "bottleneck", "cbam"], _about("residual block before each head")
+        Literal["none", "bottleneck", "cbam", "attention"], _about("block before each head")
     ] = "none"
     implicit: Annotated[bool, _about("learned vectors of YOLOv7's detect layer")] = False
     norm_layer: Annotated[Literal["bn", "gn"], _about("batch or group normalisation")] = "bn"
     weights: Annotated[str | None, _about("a run or a weight file to start from")] = None
     transfer: Annotated[
-        Literal["exact", "intersect", "none"],
-        _about("take over everything, what has the same name and shape, or nothing"),
+        Literal["exact", "intersect", "classes", "none"],
+        _about("take over everything, tensors of the same name, classes of the same name, nothing"),
     ] = "exact"
-    trust: Annotated[bool, _about("open pickled weights, which may run code")] = False
 
 # %% ../../nbs/00_core/01_config.ipynb #3f93fee1
 class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +183,7 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     lr: Annotated[_Amount, _about("learning rate for `nominal_batch` images")] = 0.02
     extra_lr: Annotated[_Amount, _about("learning rate of a study's arms")] = 0.005
     lrf: Annotated[_Amount, _about("share of `lr` that is left at the end", "share")] = 0.01
+    backbone_lr: Annotated[_Amount, _about("factor on the learning rate of the backbone")] = 1.0
     momentum: Annotated[_Part, _about("momentum of SGD")] = 0.937
     weight_decay: Annotated[_Amount, _about("weight decay per step")] = 5e-4
     nominal_batch: Annotated[
@@ -306,8 +317,8 @@ _FIELDS, GROUP = _fields()
 
 # Groups of version 0.1, so that `train.boxes` in an old file still means something.
 MOVED_GROUPS = {"net": ("network",), "train": ("training", "loss", "evaluation", "network")}
-# Keys that are gone: key -> what to do instead. Version 0.1 has no key that is missing today.
-RETIRED = {}
+# Keys that are gone: key -> what to do instead. In the file of an old run they change nothing.
+RETIRED = {"trust": "weights are opened without running anything in them"}
 
 # %% ../../nbs/00_core/01_config.ipynb #e8860ff5
 def _finite(value):
@@ -454,7 +465,7 @@ def load_config(*sources):
     ------
     KeyError
         Unknown key, or a key dotted with a group it is not in; the message names the nearest
-        known key and the source.
+        known key and the source. Also a word with a key that is gone.
     ValueError
         A value of the wrong type, out of range or not finite, or a word without `=`.
     FileNotFoundError
@@ -469,6 +480,8 @@ def load_config(*sources):
     for source in sources:
         items, where, word = _items(source)
         for key, value in items.items():
+            if not word and str(key).rpartition(".")[2] in RETIRED:
+                continue
             name = _name(str(key), where)
             if word:
                 value = _parsed_word(name, value, where)

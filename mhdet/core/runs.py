@@ -168,13 +168,24 @@ def _refuse_existing(run, name):
         raise FileExistsError(f"{run}: exists already; give another run= or {again}")
 
 
+def _free_name(root, seed):
+    "Date, time and seed; a number behind them where a run of this second is there already."
+    first = name = time.strftime("%Y%m%d_%H%M%S") + f"_s{seed}"
+    k = 1
+    while (Path(root) / name).exists():
+        k += 1
+        name = f"{first}_{k}"
+    return name
+
+
 def new_run(cfg, root="runs", fill=None):
     """Make the folder of a run with `config.yaml` and `env.json` in it, whole or not at all.
 
     Parameters
     ----------
     cfg : Config
-        `cfg.training.run` names the folder; without it the name is date_time_seed.
+        `cfg.training.run` names the folder; without it the name is date_time_seed, or that with a
+        number behind it where two runs begin in one second.
     root : str or Path
         Where runs are kept.
     fill : callable, optional
@@ -191,7 +202,7 @@ def new_run(cfg, root="runs", fill=None):
     ValueError
         As `check_run_name`.
     """
-    name = cfg.training.run or time.strftime("%Y%m%d_%H%M%S") + f"_s{cfg.training.seed}"
+    name = cfg.training.run or _free_name(root, cfg.training.seed)
     run = Path(root) / check_run_name(name, root)
     _refuse_existing(run, name)
     part = run.with_name(run.name + ".part")

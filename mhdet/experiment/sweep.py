@@ -184,7 +184,8 @@ def sweep_command(row):
         return [*words, f"run={name}", *(as_word(k, v) for k, v in choices.items())]
     old, new = load_config(folder / "config.yaml").flat(), load_config(choices).flat()
     for key in new:
-        if key not in ("run", *RESUMABLE) and old[key] != new[key]:
+        from_weights = key == "width" and new[key] is None
+        if key not in ("run", *RESUMABLE) and old[key] != new[key] and not from_weights:
             raise ValueError(
                 f"{folder}: was begun with {key}={old[key]}, the sweep says {new[key]}"
             )

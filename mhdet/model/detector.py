@@ -41,9 +41,18 @@ class Detector(nn.Module):
         self.head = head
 
     @classmethod
-    def make(cls, partition, width=1.0, implicit=False, norm="bn", boxes="head", adapter="none"):
-        "A detector with initial weights; arguments as in `yolov7_tiny` and `MultiHead`."
-        trunk = yolov7_tiny(width, norm)
+    def make(
+        cls,
+        partition,
+        width=1.0,
+        implicit=False,
+        norm="bn",
+        boxes="head",
+        adapter="none",
+        trunk=None,
+    ):
+        "A detector with initial weights; arguments of `yolov7_tiny`, or `trunk`, and `MultiHead`."
+        trunk = yolov7_tiny(width, norm) if trunk is None else trunk
         head = MultiHead(partition, trunk.channels, implicit, boxes=boxes, adapter=adapter)
         return cls(trunk, head).to(memory_format=torch.channels_last)
 

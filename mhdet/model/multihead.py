@@ -72,16 +72,17 @@ def head_channels(nh, nc, boxes="head"):
 
 # %% ../../nbs/04_model/01_multihead.ipynb #b169b950
 class Adapter(nn.Module):
-    """What a head adds to the features it reads: nothing at first, because the last factor is 0.
+    """What a head adds to the features it reads.
 
     Maps (B, C, H, W) to the same shape.
 
     Parameters
     ----------
     channels : int
-    kind : {"bottleneck", "cbam"}
+    kind : {"bottleneck", "cbam", "attention"}
         1x1 to a quarter of the channels, 3x3, 1x1 back; or the features weighted by channel, then
-        by place.
+        by place. Both add nothing at first, because the last factor is 0. Attention: what turns the
+        features into the weighted ones, with a sixteenth of the channels between, and no biases.
 
     Raises
     ------
@@ -95,26 +96,30 @@ class Adapter(nn.Module):
 
     def __init__(self, channels, kind="bottleneck"):
         super().__init__()
-        if kind not in ("bottleneck", "cbam"):
-            raise ValueError(f"adapter: must be 'bottleneck' or 'cbam', got '{kind}'")
+        if kind not in ("bottleneck", "cbam", "attention"):
+            kinds = "'bottleneck', 'cbam' or 'attention'"
+            raise ValueError(f"adapter: must be {kinds}, got '{kind}'")
         self.kind = kind
-        mid = max(channels // 4, 8)
-        self.squeeze = nn.Conv2d(channels, mid, 1)
-        self.widen = nn.Conv2d(mid, channels, 1)
+        bias = kind != "attention"
+        mid = max(channels // 4, 8) if bias else max(channels // 16, 1)
+        self.squeeze = nn.Conv2d(channels, mid, 1, bias=bias)
+        self.widen = nn.Conv2d(mid, channels, 1, bias=bias)
         if kind == "bottleneck":
             self.mix = nn.Conv2d(mid, mid, 3, padding=1)
         else:
-            self.mix = nn.Conv2d(2, 1, 7, padding=3)
-        self.gain = nn.Parameter(torch.zeros(1, channels, 1, 1))
+            self.mix = nn.Conv2d(2, 1, 7, padding=3, bias=bias)
+        if kind != "attention":
+            self.gain = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x):
         if self.kind == "bottleneck":
             return self.gain * self.widen(F.silu(self.mix(F.silu(self.squeeze(x)))))
         # weight of each channel from its mean and maximum, then of each place likewise
         pooled = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-        x = x * sum(self.widen(F.relu(self.squeeze(p))) for p in pooled).sigmoid()
-        place = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-        return self.gain * x * self.mix(place).sigmoid()
+        weighted = x * sum(self.widen(F.relu(self.squeeze(p))) for p in pooled).sigmoid()
+        place = torch.cat([weighted.mean(1, keepdim=True), weighted.amax(1, keepdim=True)], 1)
+        place = self.mix(place).sigmoid()
+        return weighted * place - x if self.kind == "attention" else self.gain * weighted * place
 
 # %% ../../nbs/04_model/01_multihead.ipynb #d64fe4a0
 def check_levels(maps, levels, name="maps"):
@@ -177,7 +182,7 @@ class MultiHead(nn.Module):
         px per cell of each level.
     boxes : {"head", "shared"}
         Box channels for every head, or once for all heads.
-    adapter : {"none", "bottleneck", "cbam"}
+    adapter : {"none", "bottleneck", "cbam", "attention"}
         Every head reads the features through an `Adapter` of this kind.
 
     Attributes

@@ -282,7 +282,7 @@ def _eval_side(n, device):
     partition = _partition([range(20)])
     data = DetDataset(toy_dataset(n), 160)
     state = draw_weights(to_foreign(Detector.make(partition, 0.5, True)), 0)
-    model = load_foreign(state, partition).to(device)
+    model = load_foreign(state, partition, implicit=True).to(device)
 
     def run():
         dt, _ = predict(model, data, conf=0.001, iou=0.65, max_det=300)

@@ -155,7 +155,8 @@ def _decoded(raws, head):
 def _compare_forward(name, variant, state, partition, spec, z, raw, decoded):
     "Rows of a forward pass; `raw(h, l)` names the stored raw maps, `decoded` the predictions."
     row = partial(_row, name, variant)
-    model = load_foreign(state, partition).to(memory_format=torch.contiguous_format)
+    vectors = "model.77.ia.0.implicit" in state
+    model = load_foreign(state, partition, vectors).to(memory_format=torch.contiguous_format)
     expected = z[decoded]
     size = z["image_u8"].shape[-1]
     raws = model(torch.from_numpy(z["image_u8"]).float() / 255)

@@ -17,8 +17,10 @@ from ..core.config import Stage
 from .learner import Callback
 
 # %% ../../nbs/05_training/02_schedules.ipynb #57bfb6ad
-def param_groups(model, lr, weight_decay):
+def param_groups(model, lr, weight_decay, part=None, factor=1.0):
     """Parameters in three groups: decayed weights, other weights (such as norm scales), biases.
+
+    With a factor other than 1 those of a part of the model are three groups of their own.
 
     Parameters
     ----------
@@ -27,12 +29,16 @@ def param_groups(model, lr, weight_decay):
         Of all groups, until a schedule changes it.
     weight_decay : float
         Of the first group; the others have none.
+    part : nn.Module, optional
+        Learns with another rate.
+    factor : float
+        Its rate as a multiple of the others'.
 
     Returns
     -------
     list of dict
-        For a torch optimiser; each has `kind`: `weight`, `norm` or `bias`. Empty groups are left
-        out.
+        For a torch optimiser; each has `kind`: `weight`, `norm` or `bias`, and `factor`, by which
+        a schedule multiplies its rate. Empty groups are left out.
 
     Raises
     ------
@@ -43,32 +49,37 @@ def param_groups(model, lr, weight_decay):
     ----------
     Wang, Bochkovskiy, Liao 2022 (recipe).
     """
-    kinds = {"weight": [], "norm": [], "bias": []}
+    inside = set(part.parameters()) if part is not None and factor != 1 else set()
+    kinds = {(kind, own): [] for own in (1.0, factor) for kind in ("weight", "norm", "bias")}
     for name, parameter in model.named_parameters():
+        own = factor if parameter in inside else 1.0
         last = name.rsplit(".", 1)[-1]
         if last == "bias":
-            kinds["bias"].append(parameter)
+            kinds["bias", own].append(parameter)
         elif last == "weight" and parameter.ndim > 1:
-            kinds["weight"].append(parameter)
+            kinds["weight", own].append(parameter)
         else:
-            kinds["norm"].append(parameter)
+            kinds["norm", own].append(parameter)
     groups = []
-    for kind, parameters in kinds.items():
+    for (kind, own), parameters in kinds.items():
         if parameters:
             decay = weight_decay if kind == "weight" else 0.0
-            groups.append({"params": parameters, "kind": kind, "lr": lr, "weight_decay": decay})
+            group = {"params": parameters, "kind": kind, "lr": lr * own, "weight_decay": decay}
+            groups.append(group | {"factor": own})
     if not groups:
         raise ValueError(f"{type(model).__name__} has no parameters")
     return groups
 
 # %% ../../nbs/05_training/02_schedules.ipynb #56fd841b
-def sgd(model, lr, momentum=0.937, weight_decay=5e-4):
+def sgd(model, lr, momentum=0.937, weight_decay=5e-4, part=None, factor=1.0):
     """Stochastic gradient descent with Nesterov momentum over the groups of `param_groups`.
 
     Parameters
     ----------
     model : nn.Module
     lr, momentum, weight_decay : float
+    part, factor
+        As for `param_groups`.
 
     Returns
     -------
@@ -83,7 +94,7 @@ def sgd(model, lr, momentum=0.937, weight_decay=5e-4):
     ----------
     Sutskever et al. 2013.
     """
-    groups = param_groups(model, lr, weight_decay)
+    groups = param_groups(model, lr, weight_decay, part, factor)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, fused=True)
 
 # %% ../../nbs/05_training/02_schedules.ipynb #0cbb7f7d
@@ -197,7 +208,8 @@ class Schedule(Callback):
         step = learner.steps - first * learner.steps_per_epoch
         now = self.at(step, learner.steps_per_epoch, end - first)
         for group in learner.optimizer.param_groups:
-            group["lr"] = now["bias_lr" if group.get("kind") == "bias" else "lr"]
+            rate = now["bias_lr" if group.get("kind") == "bias" else "lr"]
+            group["lr"] = rate * group.get("factor", 1.0)
             group["momentum"] = now["momentum"]
 
 # %% ../../nbs/05_training/02_schedules.ipynb #fbf6f203
