@@ -157,7 +157,7 @@ def read_confusion(path):
     header = rows[0][1][1:] if rows else []
     if not header or [row[0] for _, row in rows[1:]] != header:
         raise ValueError(f"{path}: header and first column differ; both must be the class names")
-    # a class may itself be called background: the last column is none of the classes
+    # a class may itself be called background: the last column is not a class
     classes = header[:-1] if header[-1] == "background" else header
     if len(set(classes)) < len(classes):
         raise ValueError(f"{path}: a class is named twice; names must be unique")

@@ -105,7 +105,7 @@ def check_splits(cfg, splits, needed=("train",)):
 STRIDE = 32  # px of the image per cell of the coarsest level
 ONE_VALUE = (
     "batch-norm needs more than one value per channel, and the coarsest level is one cell of one "
-    "image; norm_layer=gn works"
+    "image; norm_layer=gn works with trunk=yolov7-tiny"
 )
 
 
