@@ -198,6 +198,33 @@ def place(root, layout, image):
     return root / layout.format(split=image.split, stem=image.stem)
 
 
+LABELS = "labels/{split}/{stem}.txt"
+
+
+def label_file(root, image):
+    return place(root, LABELS, image)
+
+
+def image_file(root, image, suffix=".jpg"):
+    return place(root, "images/{split}/{stem}" + suffix, image)
+
+
+def in_train(images):
+    return [m for m in images if m.split == "train"]
+
+
+def read(path):
+    "All splits, every image decoded, as `mhdet data` reads them."
+    from mhdet.data.overlaps import noted
+    from mhdet.data.splits import check_images, open_data
+
+    out = {}
+    for split, records in open_data(path, dev=0, test=True).items():
+        records = check_images(records, cache=None)
+        out[split] = replace(records, problems=records.problems | noted(records, cache=None))
+    return out
+
+
 def put_images(root, images, layout):
     for image in images:
         put(image.file, place(root, layout, image))

@@ -16,7 +16,9 @@ from odd import (
     SIZE,
     check_same,
     drawn,
-    place,
+    image_file,
+    label_file,
+    read,
     situation,
     told,
     write_coco,
@@ -27,19 +29,6 @@ from odd import (
 from PIL import Image
 
 from mhdet.data.images import read_image
-from mhdet.data.overlaps import noted
-from mhdet.data.splits import check_images, open_data
-
-LABELS = "labels/{split}/{stem}.txt"
-
-
-def read(path):
-    "All splits, every image decoded, as `mhdet data` reads them."
-    out = {}
-    for split, records in open_data(path, dev=0, test=True).items():
-        records = check_images(records, cache=None)
-        out[split] = replace(records, problems=records.problems | noted(records, cache=None))
-    return out
 
 
 @pytest.fixture
@@ -52,18 +41,6 @@ def images(tmp_path):
 def many(tmp_path):
     "Forty images for train, so that one of them may be lost."
     return drawn(tmp_path / "drawn", train=40, val=3)
-
-
-def label_file(root, image):
-    return place(root, LABELS, image)
-
-
-def image_file(root, image, suffix=".jpg"):
-    return place(root, "images/{split}/{stem}" + suffix, image)
-
-
-def in_train(images):
-    return [m for m in images if m.split == "train"]
 
 
 # Numbers of YOLO.
