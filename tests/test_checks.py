@@ -19,7 +19,8 @@ from mhdet.core.config import load_config
 from mhdet.core.runs import JsonLog
 from mhdet.data.splits import open_data
 from mhdet.experiment import run as experiment
-from mhdet.experiment.history import load_runs, plateau, plot_runs
+from mhdet.experiment.history import load_runs, plot_runs
+from mhdet.experiment.plateau import plateau
 from mhdet.training.learner import Callback
 
 TINY = "imgsz=64 batch=4 epochs=1 extra_epochs=1 workers=0 device=cpu width=0.125"
@@ -155,7 +156,7 @@ def test_an_unknown_ap_is_shown_drawn_and_stored(here):
     assert shown.getvalue().count("AP50 -") == 3
     rows = JsonLog(run / "log.jsonl").rows()
     assert [row["AP50"] for row in rows] == [None] * 3
-    assert plateau(rows)["verdict"] == "too early"
+    assert plateau(rows)["verdict"] == "undecided"
     assert load_runs("runs")["AP50"].isna().all()
     plot_runs({"k": run})
 
