@@ -21,7 +21,7 @@ _HOME = {
     "split_heads": "model.surgery",
     "RoutedLoss": "model.loss",
     "targets_from_boxes": "model.assign",
-    "load_run": "experiment.run",
+    "load_run": "experiment.models",
     "train": "experiment.run",
     "study": "experiment.study",
 }

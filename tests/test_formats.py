@@ -12,7 +12,9 @@ import torch
 from mhdet.core.config import load_config
 from mhdet.core.runs import find_run, run_state
 from mhdet.experiment.history import load_runs, plot_runs
-from mhdet.experiment.run import evaluate_run, load_run, train
+from mhdet.experiment.inference import evaluate_run
+from mhdet.experiment.models import load_run
+from mhdet.experiment.run import train
 from mhdet.training.checkpoint import load
 
 RUN = Path(__file__).resolve().parent / "run-v0.1"

@@ -16,7 +16,9 @@ from mhdet.core.config import load_config
 from mhdet.data.dataset import DetDataset
 from mhdet.data.splits import open_data
 from mhdet.evaluation.results import detections_apart
-from mhdet.experiment.run import load_run, predict, train
+from mhdet.experiment.inference import predict
+from mhdet.experiment.models import load_run
+from mhdet.experiment.run import train
 from mhdet.model.detector import Detections, Detector, decode, detect
 from mhdet.model.surgery import split_heads
 from mhdet.model.weights import load_foreign, to_foreign

@@ -10,6 +10,7 @@ import torch
 from mhdet.core.config import load_config
 from mhdet.data.splits import open_data
 from mhdet.experiment import run as experiment
+from mhdet.experiment.models import build, load_run
 from mhdet.training.checkpoint import flatten, load
 from mhdet.training.learner import Callback, StopFit
 
@@ -94,7 +95,7 @@ def test_every_stage_keeps_what_is_frozen(tmp_path, toys):
     snapshots = Snapshots()
     stages = f"stages={json.dumps(STAGES)}"
     run = train(tmp_path, toys, "stages", "epochs=4", "keep_every=1", stages, more=[snapshots])
-    model = experiment.load_run(run)[0]
+    model = load_run(run)[0]
     name_of = {id(m): name for name, m in model.named_modules()}
     names = {n: name_of[id(layer)] for n, layer in model.trunk.layers()}
     epochs = zip(STAGES, snapshots.states, snapshots.learning, strict=True)
@@ -110,7 +111,7 @@ def test_every_stage_keeps_what_is_frozen(tmp_path, toys):
                 assert kinds >= {"weight"} | statistics
     # a later stage that starts from a kept epoch
     cfg = load_config(*SMALL, f"weights={run}@2")
-    start = experiment.build(cfg, toys["train"].names)
+    start = build(cfg, toys["train"].names)
     kept = load(run / "epoch_002")[0]["model"]
     assert all(torch.equal(v, kept[k]) for k, v in start.state_dict().items())
 

@@ -18,6 +18,8 @@ from mhdet.cli.commands import app
 from mhdet.core.config import load_config
 from mhdet.data.splits import open_data
 from mhdet.experiment import run as experiment
+from mhdet.experiment.inference import dataset
+from mhdet.experiment.models import build, load_run
 from mhdet.model import trunks
 from mhdet.model.backbone import Trunk, count
 from mhdet.model.detector import Detector, decode
@@ -227,7 +229,7 @@ def test_what_is_frozen_stays_to_the_bit(name, until, frozen, learns, tmp_path, 
     words = (f"trunk={name}", f"freeze={until}")
     run = train(tmp_path, toys, "r", *words, more=[Before()])
     after = load(run / "last")[0]["model"]
-    model, _ = experiment.load_run("r", tmp_path)
+    model, _ = load_run("r", tmp_path)
     parts = model.trunk.parts()
     still = FreezeStages(parts, until).inside
     names = {m: n for n, m in model.named_modules()}
@@ -386,17 +388,17 @@ def test_arms_start_from_a_run_without_the_package(pretrained_run, toys, monkeyp
     root, whole = pretrained_run
     monkeypatch.setattr(trunks, "_package_file", lambda package: None)
     cfg = load_config(*SMALL, *LITE0, f"weights={whole}")
-    model = experiment.build(cfg, toys["train"].names, tmp_path)
-    expected = experiment.load_run(whole, root)[0].state_dict()
+    model = build(cfg, toys["train"].names, tmp_path)
+    expected = load_run(whole, root)[0].state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
     other = cfg.override(trunk="yolov7-tiny", pretrained="none")
     with pytest.raises(ValueError, match="of another trunk"):
-        experiment.build(other, toys["train"].names, tmp_path)
+        build(other, toys["train"].names, tmp_path)
 
 
 def test_exact_split(pretrained_run, toys):
     root, whole = pretrained_run
-    model = experiment.load_run(whole, root)[0]
+    model = load_run(whole, root)[0]
     names = toys["train"].names
     half = len(names) // 2
     heads = [Head("a", list(range(half))), Head("b", list(range(half, len(names))))]
@@ -414,7 +416,7 @@ def test_onnx_on_fifty_images(pretrained_run, tmp_path):
     pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     root, whole = pretrained_run
-    model = experiment.load_run(whole, root)[0]
+    model = load_run(whole, root)[0]
     with torch.no_grad():  # scores of a trained detector, not all near 0
         for conv in model.head.m:
             conv.bias[4 :: model.head.channels_per_anchor] += 6
@@ -422,7 +424,7 @@ def test_onnx_on_fifty_images(pretrained_run, tmp_path):
     session, _ = onnx_facts(tmp_path / "m.onnx")
     records = open_data("toy:60")["train"]
     cfg = load_config("imgsz=64")
-    images = experiment.dataset(cfg, records)
+    images = dataset(cfg, records)
     images = torch.stack([images[i][0] for i in range(50)])
     boxes, scores = session.run(["boxes", "scores"], {"pictures": images.numpy()})
     expected = decode(model(to_unit(images)), model.head)

@@ -26,7 +26,7 @@ import mhdet.cli.commands  # noqa: F401 (registers the commands)
 from mhdet.cli.grammar import run_line
 from mhdet.core.config import load_config
 from mhdet.data.toy import toy_dataset
-from mhdet.experiment.run import build, load_run
+from mhdet.experiment.models import build, load_run
 from mhdet.model.detector import Detector
 from mhdet.model.multihead import per_anchor
 from mhdet.model.pickles import TorchFile, read_pickle

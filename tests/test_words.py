@@ -20,7 +20,8 @@ from mhdet.cli.commands import app
 from mhdet.core.config import Config, as_word, load_config
 from mhdet.core.runs import check_run_name, find_run, new_run
 from mhdet.experiment.history import load_runs
-from mhdet.experiment.run import load_run, train
+from mhdet.experiment.models import load_run
+from mhdet.experiment.run import train
 from mhdet.experiment.study import study
 from mhdet.experiment.sweep import sweep, sweep_command, sweep_rows
 from mhdet.partition.heads import Partition, save_heads
