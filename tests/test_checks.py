@@ -23,7 +23,7 @@ from mhdet.experiment.history import load_runs, plot_runs
 from mhdet.experiment.plateau import plateau
 from mhdet.training.learner import Callback
 
-TINY = "imgsz=64 batch=4 epochs=1 extra_epochs=1 workers=0 device=cpu width=0.125"
+TINY = "imgsz=64 batch=4 epochs=1 extra_epochs=1 workers=0 device=cpu width=0.125 precision=fp32"
 COLORS = [(230, 40, 40), (40, 200, 60), (50, 80, 240)]
 SIDE = 64
 

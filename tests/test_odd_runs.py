@@ -22,7 +22,7 @@ import mhdet.cli.commands  # noqa: F401 - registers the commands
 from mhdet.cli.grammar import run_line
 from mhdet.data.splits import _is_dev
 
-TINY = "imgsz=64 batch=4 epochs=1 workers=0 device=cpu width=0.125"
+TINY = "imgsz=64 batch=4 epochs=1 workers=0 device=cpu width=0.125 precision=fp32"
 LABELS = "labels/{split}/{stem}.txt"
 
 

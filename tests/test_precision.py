@@ -148,7 +148,9 @@ def test_a_run_keeps_what_was_decided(processor, images, tmp_path, monkeypatch):
     rows = JsonLog(run / "log.jsonl").rows()
     assert [row["epoch"] for row in rows] == [1, 2]
     for row in rows:
-        assert all(abs(row[f"{part}/{k}"]) < 10 for part in ("train", "dev") for k in ("box", "obj"))
+        assert all(
+            abs(row[f"{part}/{k}"]) < 10 for part in ("train", "dev") for k in ("box", "obj")
+        )
     model = load_run(run)[0]
     assert all(t.isfinite().all() for t in model.state_dict().values())
     assert {t.dtype for t in model.parameters()} == {torch.float32}
