@@ -13,7 +13,8 @@ from mhdet.model.assign import match_anchors
 from mhdet.model.detector import Detector, decode
 from mhdet.model.loss import RoutedLoss
 from mhdet.model.multihead import per_anchor
-from mhdet.model.weights import load_foreign, to_foreign
+from mhdet.model.weight_files import to_foreign
+from mhdet.model.weights import load_foreign
 from mhdet.partition.heads import Head, Partition
 from mhdet.tools.conformance import check, draw_images, draw_weights
 

@@ -25,7 +25,7 @@ from mhdet.experiment import run as experiment
 from mhdet.training.callbacks import Checkpoint, Recorder
 from mhdet.training.checkpoint import load, read_meta, resume_state
 from mhdet.training.learner import Callback, Learner
-from mhdet.training.schedules import EMA, Schedule, sgd
+from mhdet.training.schedules import EMA, Schedule, make_optimizer
 
 EPOCHS, BATCHES = 4, 12
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def toy_learner(run, pause=0.0, workers=0):
         Checkpoint(run, save_steps=2),
         Slow(pause),
     ]
-    optimizer = sgd(model, 0.01)
+    optimizer = make_optimizer(model, "sgd", 0.01)
     return Learner(model, entropy, optimizer, loader, callbacks, device="cpu", accumulate=2)
 
 

@@ -21,7 +21,8 @@ from mhdet.experiment.models import load_run
 from mhdet.experiment.run import train
 from mhdet.model.detector import Detections, Detector, decode, detect
 from mhdet.model.surgery import split_heads
-from mhdet.model.weights import load_foreign, to_foreign
+from mhdet.model.weight_files import to_foreign
+from mhdet.model.weights import load_foreign
 from mhdet.partition.heads import Partition
 from mhdet.partition.strategies import random_heads
 from mhdet.tools import onnx as export

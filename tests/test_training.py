@@ -116,8 +116,12 @@ def test_every_stage_keeps_what_is_frozen(tmp_path, toys):
     assert all(torch.equal(v, kept[k]) for k, v in start.state_dict().items())
 
 
-def test_stages_continue_in_the_middle_of_one(tmp_path, toys):
-    words = "epochs=4", f"stages={json.dumps(STAGES)}"
+ADAMW = ["optimizer=adamw", "lr=0.002"]
+
+
+@pytest.mark.parametrize("optimizer", [[], ADAMW], ids=["sgd", "adamw"])
+def test_stages_continue_in_the_middle_of_one(tmp_path, toys, optimizer):
+    words = "epochs=4", f"stages={json.dumps(STAGES)}", *optimizer
     whole = train(tmp_path, toys, "whole", *words)
     broken = train(tmp_path, toys, "broken", *words, more=[Stop(2, 3)])
     train(tmp_path, toys, "broken", "epochs=4", resume="broken")
@@ -128,8 +132,12 @@ def test_stages_continue_in_the_middle_of_one(tmp_path, toys):
         train(tmp_path, toys, "broken", "epochs=9", resume="broken")
 
 
-@pytest.mark.parametrize("reason", ["nan", "out of memory"])
-def test_a_stage_that_fails_as_it_thaws_begins_again(tmp_path, toys, monkeypatch, reason):
+@pytest.mark.parametrize(
+    ("reason", "optimizer"), [("nan", []), ("nan", ADAMW), ("out of memory", [])]
+)
+def test_a_stage_that_fails_as_it_thaws_begins_again(
+    tmp_path, toys, monkeypatch, reason, optimizer
+):
     make_loss, calls = experiment.make_loss, []
     first_of_second_stage = len(toys["train"]) // 8 + 2
 
@@ -149,9 +157,35 @@ def test_a_stage_that_fails_as_it_thaws_begins_again(tmp_path, toys, monkeypatch
 
     monkeypatch.setattr(experiment, "make_loss", failing_once)
     stages = 'stages=[{"epochs": 1, "freeze": 10}, {"epochs": 1}]'
-    run = train(tmp_path, toys, "thaw", "epochs=2", stages)
+    run = train(tmp_path, toys, "thaw", "epochs=2", stages, *optimizer)
     assert (run / "restarts.csv").read_text().splitlines()[1].startswith("2,1,0,")
     assert load(run / "last")[0]["position"]["epoch"] == 2
+
+
+def test_adamw_starts_with_its_own_rate_of_biases_and_keeps_beta1(tmp_path, toys):
+    seen = []
+
+    class Look(Callback):
+        def after_batch(self, learner):
+            seen.append([dict(g, params=None) for g in learner.optimizer.param_groups])
+
+    words = "epochs=2", "keep_every=1", "freeze=10", "warmup=1", *ADAMW
+    run = train(tmp_path, toys, "adamw", *words, more=[Look()])
+    rates = [{g["kind"]: g["lr"] for g in groups} for groups in seen]
+    assert 0.0019 < rates[0]["bias"] <= 0.002
+    assert rates[-1]["weight"] == pytest.approx(rates[-1]["bias"])
+    assert rates[-1]["weight"] < 0.001
+    assert {tuple(g["betas"]) for groups in seen for g in groups} == {(0.937, 0.999)}
+    assert {(g["kind"], g["weight_decay"]) for g in seen[-1]} == {
+        ("weight", 5e-4),
+        ("norm", 0.0),
+        ("bias", 0.0),
+    }
+    state = load(run / "last")[0]["optimizer"]["state"].values()
+    assert {frozenset(kept) for kept in state} == {frozenset(["step", "exp_avg", "exp_avg_sq"])}
+    assert {int(kept["step"]) for kept in state} == {len(seen)}
+    everything = sum(1 for _ in load_run(run)[0].parameters())
+    assert 0 < len(state) < everything  # what is frozen has none
 
 
 def test_a_run_killed_before_its_first_state_begins_with_its_weights(tmp_path, toys):

@@ -25,7 +25,7 @@ from mhdet.model.backbone import Trunk, count
 from mhdet.model.detector import Detector, decode
 from mhdet.model.surgery import split_heads
 from mhdet.model.trunks import ForeignTrunk, load_pretrained, make_trunk
-from mhdet.model.weights import to_foreign
+from mhdet.model.weight_files import to_foreign
 from mhdet.partition.heads import Head, Partition
 from mhdet.tools.onnx import TOLERANCE, onnx_facts, to_onnx
 from mhdet.training.checkpoint import flatten, load

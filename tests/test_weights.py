@@ -30,7 +30,8 @@ from mhdet.experiment.models import build, load_run
 from mhdet.model.detector import Detector
 from mhdet.model.multihead import per_anchor
 from mhdet.model.pickles import TorchFile, read_pickle
-from mhdet.model.weights import load_foreign, read_checkpoint, read_tensors, to_foreign
+from mhdet.model.weight_files import read_checkpoint, read_tensors, to_foreign
+from mhdet.model.weights import load_foreign
 from mhdet.partition.heads import Head, Partition, load_heads, save_heads
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from mhdet.cli.commands import app
 from mhdet.core.config import load_config, options
 from mhdet.model.backbone import Trunk, count, yolov7_tiny
 from mhdet.model.detector import Detector
-from mhdet.model.weights import load_foreign, to_foreign
+from mhdet.model.weight_files import to_foreign
+from mhdet.model.weights import load_foreign
 from mhdet.partition.heads import Head, Partition
 
 # YOLOv5 and YOLOX (.33 and .5; .375 and 1.25), halves between two multiples of 8, the smallest
