@@ -31,6 +31,8 @@ from mhdet.data.augment import (
 from mhdet.data.dataset import DetDataset
 from mhdet.data.toy import toy_dataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 quick = settings(max_examples=30, deadline=None)
 seeds, share = st.integers(0, 2**32 - 1), st.floats(0, 1)
 SIDE, DS = 64, DetDataset(toy_dataset(24, size=64), 64)
@@ -50,15 +52,6 @@ CFG = st.fixed_dictionaries(
         pad=st.floats(0, 1),
     )
 ).map(lambda d: DataConfig(**d))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "As in the workers of a loader: images are small."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rng(seed):

@@ -30,6 +30,8 @@ from mhdet.tools.conformance import draw_weights
 from mhdet.tools.onnx import TOLERANCE, _open_session, onnx_facts, run_onnx, to_onnx
 from mhdet.training.learner import to_unit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,15 +44,6 @@ FORMS = {
     "shared": dict(boxes="shared"),
     "adapters": dict(adapter="cbam"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small layers on a busy machine: threads would wait for each other."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def detector(form):

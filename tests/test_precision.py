@@ -28,19 +28,13 @@ from mhdet.training import learner as learning
 from mhdet.training.checkpoint import flatten, load
 from mhdet.training.learner import Callback, StopFit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     *("data=some/data", "imgsz=64", "width=0.125", "batch=8", "nominal_batch=8", "workers=0"),
     *("device=cpu", "epochs=2"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

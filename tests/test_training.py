@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainings import Stop
 
 from mhdet.core.config import load_config
 from mhdet.data.splits import open_data
 from mhdet.experiment import run as experiment
 from mhdet.experiment.models import build, load_run
 from mhdet.training.checkpoint import flatten, load
-from mhdet.training.learner import Callback, StopFit
+from mhdet.training.learner import Callback
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -25,14 +28,6 @@ STAGES = [
     dict(epochs=1, freeze=10, lr=0.0005, warmup_bias_lr=0.05),
     dict(epochs=1, freeze=0, lr=0.0001, warmup_bias_lr=0.01),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +55,6 @@ class Snapshots(Callback):
             if all(p.requires_grad for p in layer.parameters()):
                 learning.add(n)
         self.learning.append(learning)
-
-
-class Stop(Callback):
-    def __init__(self, epoch, batch):
-        self.place = epoch, batch
-
-    def after_batch(self, learner):
-        if (learner.epoch, learner.batch) == self.place:
-            raise StopFit("stopped by a test")
 
 
 class Losses(Callback):

