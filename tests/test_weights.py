@@ -16,9 +16,11 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference_models as theirs
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,6 +35,7 @@ from mhdet.model.pickles import TorchFile, read_pickle
 from mhdet.model.weight_files import read_checkpoint, read_tensors, to_foreign
 from mhdet.model.weights import load_foreign
 from mhdet.partition.heads import Head, Partition, load_heads, save_heads
+from mhdet.tools.onnx import onnx_facts, run_onnx
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["person", "car", "truck", "bus", "cat", "dog", "cup"]
@@ -646,6 +649,41 @@ def test_a_foreign_file_as_a_run(tmp_path):
     assert (code, "runs/r: exists already" in err) == (2, True)
     code, _, err = mhdet("import best.pt --out other", tmp_path)
     assert (code, "expected --data D" in err) == (2, True)
+
+
+def test_an_imported_run_is_shown_and_exported(tmp_path):
+    "detect and export, whose file gives what the original module gives."
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    data = toy_dataset(2, size=64)
+    groups = [list(range(5)), list(range(5, len(data.names)))]
+    model = theirs.several_heads(data.names, groups, attention=True)
+    theirs.save(tmp_path / "best.pt", {"model": model, "ema": None})
+    for i in (0, 1):
+        Image.fromarray(data.image(i)).save(tmp_path / f"{i}.png")
+    for command in (
+        "import best.pt --data toy:64 --out r imgsz=64 batch=8 workers=0 precision=fp32",
+        "detect r 0.png 1.png --out shown --conf .01",
+        "export r --out r.onnx",
+        "export r --out nms.onnx --nms --conf .01",
+        "export r --out raw.onnx --raw",
+    ):
+        code, out, err = mhdet(command, tmp_path)
+        assert code == 0, (command, err)
+    assert {"0.png", "1.png"} <= {p.name for p in (tmp_path / "shown").rglob("*.png")}
+    session, facts = onnx_facts(tmp_path / "raw.onnx")
+    assert facts["names"] == data.names and len(facts["heads"]) == 2
+    pixels = np.stack([data.image(0)]).transpose(0, 3, 1, 2)
+    maps = [torch.from_numpy(m) for m in session.run(None, {"pictures": np.float32(pixels / 255)})]
+    with torch.no_grad():
+        original = model(torch.from_numpy(np.float32(pixels / 255)))
+    for level, raw in enumerate(maps):
+        outputs = per_anchor(raw, 3)
+        for h, group in enumerate(groups):
+            own = outputs[..., [*range(5 * h, 5 * h + 5), *(10 + c for c in group)]]
+            expected = per_anchor(original[h][level], 3)
+            assert (own - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert len(run_onnx(tmp_path / "nms.onnx", [data.image(0)]).score)
 
 
 def test_convert(tmp_path, single):
