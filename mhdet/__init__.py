@@ -11,6 +11,7 @@ _HOME = {
     "confusion": "evaluation.confusion",
     "error_profile": "evaluation.errors",
     "compare": "evaluation.compare",
+    "Head": "partition.heads",
     "Partition": "partition.heads",
     "load_heads": "partition.heads",
     "save_heads": "partition.heads",
@@ -18,12 +19,16 @@ _HOME = {
     "optimal": "partition.optimal",
     "MultiHead": "model.multihead",
     "Detector": "model.detector",
+    "decode": "model.detector",
+    "detect": "model.detector",
     "split_heads": "model.surgery",
     "RoutedLoss": "model.loss",
     "targets_from_boxes": "model.assign",
     "load_run": "experiment.models",
     "train": "experiment.run",
     "study": "experiment.study",
+    "to_onnx": "tools.onnx",
+    "run_onnx": "tools.onnx",
 }
 __all__ = list(_HOME)
 

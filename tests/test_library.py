@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = list("abcdef")
 TWO = mhdet.Partition([mhdet.Head("x", [0, 2, 4]), mhdet.Head("y", [1, 3, 5])], NAMES)
 FORMS = [{}, {"implicit": True}, {"boxes": "shared"}, {"adapter": "cbam"}]
-LOSSES = [
-    {},
-    {"assign": "ota"},
-    {"others": "ignore_iou", "focal": 1.5},
-    {"reduce": "head", "others": "ignore", "autobalance": True, "validate": True},
-]
+LOSSES = [{"autobalance": True}, {"assign": "ota", "others": "ignore_iou", "reduce": "head"}]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +91,7 @@ def test_a_detector_is_one_graph(form, fresh_compiler):
 def test_a_compiled_loss_gives_the_same_numbers(options, fresh_compiler):
     model, loss = own_detector(), mhdet.RoutedLoss(TWO, **options)
     compiled = torch.compile(copy.deepcopy(loss), backend="eager")
-    for seed, objects in enumerate((9, 3, 0, 5)):
+    for seed, objects in enumerate((9, 0)):
         data = batch(objects=objects, seed=seed)
         expected, whole = gradients(model, loss, *data)
         terms, parts = gradients(model, compiled, *data)
