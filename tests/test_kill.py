@@ -23,7 +23,7 @@ WORDS = [
     *("data=toy:160", "imgsz=64", "width=0.125", "batch=8", "nominal_batch=16", "epochs=4"),
     *("save_steps=2", "keep_every=2", "mosaic=1", "precision=fp32", "device=cpu", "run=run"),
 ]
-TIMES = ("seconds", "eval_seconds", "pictures_per_s", "busy")  # differ from run to run
+TIMES = ("seconds", "eval_seconds", "pictures_per_s", "data_ready")  # differ from run to run
 
 
 def main(root, workers, moment, pause):

@@ -96,7 +96,7 @@ def write_inputs(folder):
     for epoch in (1, 2, 3):
         losses = {f"train/{term}": 1 / epoch for term in ("box", "obj", "cls")}
         figures = {"AP50": 0.1 * epoch, "AP": 0.05 * epoch, "P": 0.5, "R": 0.5, "lr": 0.01}
-        speed = {"seconds": 1.0, "eval_seconds": 0.1, "pictures_per_s": 9.0, "busy": 0.9}
+        speed = {"seconds": 1.0, "eval_seconds": 0.1, "pictures_per_s": 9.0, "data_ready": 0.9}
         rows.append(json.dumps({"epoch": epoch, **losses, **figures, **speed}))
     (run / "log.jsonl").write_text("\n".join(rows) + "\n")
 
