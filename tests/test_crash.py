@@ -201,8 +201,10 @@ def test_a_loss_of_nan_costs_an_epoch(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(experiment, "make_loss", failing_twice)
     run = experiment.train(cfg, root=tmp_path, quiet=True)
     table = [line.split(",") for line in (run / "restarts.csv").read_text().splitlines()]
-    assert table[0] == ["epoch", "load_epoch", "old_seed", "new_seed", "step", "terms", "reason"]
-    assert [row[:4] + row[-1:] for row in table[1:]] == [
+    columns = ["epoch", "load_epoch", "old_seed", "new_seed", "step", "terms", "reason"]
+    assert table[0] == [*columns, "time", "host", "device"]
+    assert [row[:4] + row[6:7] for row in table[1:]] == [
+        ["1", "0", "", "3", "normal start"],
         ["3", "2", "3", "11", "nan"],
         ["5", "4", "11", "12", "val nan"],
     ]

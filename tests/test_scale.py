@@ -187,8 +187,9 @@ def test_what_one_process_meets_all_obey(tmp_path):
     os.kill(ranks[1], signal.SIGTERM)
     _, err = child.communicate(timeout=LIMIT)
     assert child.returncode == 0, err
-    row = (tmp_path / "run/restarts.csv").read_text().splitlines()[1]
-    assert row.startswith("2,1,0,1,13,") and row.endswith(",nan")
+    first, row = (tmp_path / "run/restarts.csv").read_text().splitlines()[1:]
+    assert first.startswith("1,0,,0,0,,normal start,")
+    assert row.startswith("2,1,0,1,13,") and ",nan," in row
     env, meta = (
         json.loads((tmp_path / "run/env.json").read_text()),
         read_meta(tmp_path / "run/last"),
