@@ -99,7 +99,7 @@ def test_every_stage_keeps_what_is_frozen(tmp_path, toys):
     # a later stage that starts from a kept epoch
     cfg = load_config(*SMALL, f"weights={run}@2")
     start = build(cfg, toys["train"].names)
-    kept = load(run / "epoch_002")[0]["model"]
+    kept = load(run / "epoch_002")[0]["ema"]
     assert all(torch.equal(v, kept[k]) for k, v in start.state_dict().items())
 
 
