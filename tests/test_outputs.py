@@ -261,7 +261,7 @@ def test_curves_of_two_runs_are_two_files(here):
     code, out, err = mhdet("plot a/b a-b plateau Plateau --out fig --json")
     assert code == 0, err
     tables = [file for file in json.loads(out) if file.endswith(".csv")]
-    assert len({file.casefold() for file in tables}) == 5
+    assert len({file.casefold() for file in tables}) == 4 + 5
     assert "run" in Path("fig/plateau.csv").read_text().splitlines()[0]
 
 

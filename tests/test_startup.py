@@ -28,6 +28,8 @@ LINES = {
     "train epoch=3": LARGE,
     "runs": HEAVY,
     "plot one --out figures": HEAVY,
+    "plot --help": HEAVY,
+    "plot one exp/results.txt --out figures": HEAVY,
     "confuse --gt gt.json --dt dt.json --out C.csv": HEAVY,
     "partition --confusion C.csv --num-heads 2 --out H.yaml": HEAVY,
     "partition --strategy optimal --confusion C.csv --num-heads 2": HEAVY,
@@ -87,6 +89,9 @@ def write_inputs(folder):
             picture = Image.fromarray(toy_dataset(1, size=64).image(0))
             picture.save(folder / f"data/images/{split}/{i}.png")
         (folder / f"data/annotations/instances_{split}.json").write_text(json.dumps(truth))
+    (folder / "exp").mkdir()
+    line = "0/0 1G .1 .1 .1 .3 4 64 .5 .5 .4 .2 .1 .1 .1\n"
+    (folder / "exp/results.txt").write_text(line)
     run = folder / "runs/one"
     run.mkdir(parents=True)
     load_config({"data": "data", "epochs": 3}).save(run / "config.yaml")
