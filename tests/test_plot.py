@@ -286,3 +286,14 @@ def test_eight_curves_are_named():
                 rows = enumerate(curve(epochs, 0.3, gain, seed), 1)
                 log = [{"epoch": epoch, "AP50": float(ap)} for epoch, ap in rows]
                 assert plateau(log)["verdict"] == expected, (gain, epochs, seed)
+
+
+def test_reported_rows_are_called_reported():
+    "One row per figure of the source's documents, one seed each, none of them ours."
+    table = pd.read_csv(Path(__file__).parents[1] / "data/results/reported-yolov7fast.csv")
+    assert set(table["status"]) == {"reported"} and set(table["n"]) == {1}
+    assert table["provenance"].str.startswith("jimmychintw/Yolov7fast").all()
+    assert not table.duplicated(["name", "kind", "epoch"]).any()
+    at = table.set_index(["name", "kind", "epoch"])["AP50"]
+    assert at[("freeze29", "at", 42)] == 0.3959 and at[("1B4H hybrid", "at", 297)] == 0.4258
+    assert at[("1B1H", "best", 481)] == 0.4353 and at[("1B4H hybrid", "best", 445)] == 0.4320
