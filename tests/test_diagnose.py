@@ -137,7 +137,9 @@ def test_the_bound_equals_an_oracle_of_loops_and_pycocotools(seed):
     gt, dt, rng = problem(seed)
     n, nc = 14, 6
     by_image = rng.integers(0, 3, (n, nc))  # as cross-fitting: another partition in each image
-    before = ap50(gt, list(zip(*(dt[k] for k in ("image", "label", "box", "score")), strict=True)), nc, n)
+    before = ap50(
+        gt, list(zip(*(dt[k] for k in ("image", "label", "box", "score")), strict=True)), nc, n
+    )
     for head_of in (by_image[0], by_image, np.arange(nc), np.zeros(nc, int)):
         heads = np.broadcast_to(head_of, (n, nc))
         rows = repair_by_loop(gt, dt, heads)
@@ -220,8 +222,8 @@ def test_somebody_elses_weights(here):
     code, out, err = mhdet(line)
     assert code == 0, err
     result = diagnosis("a")
-    assert result["split"]["same"] and result["places"]["anchors"] == "its own"
-    assert result["split"]["several"]["params"] > result["split"]["one"]["params"]
+    assert result["exact_split"]["same"] and result["places"]["anchors"] == "its own"
+    assert result["exact_split"]["several"]["params"] > result["exact_split"]["one"]["params"]
     assert [row["partition"] for row in result["partitions"]][:2] == ["optimal", "by meaning"]
     assert result["sentence"] in out and not Path("runs").exists()  # no run is left
     heads = load_heads("a/heads-optimal.yaml", ["car", "truck", "cat", "dog", "chair"])
@@ -238,7 +240,7 @@ def test_somebody_elses_weights(here):
     again = diagnosis("a")
     for sides in (result, again):
         for side in ("one", "several"):
-            del sides["split"][side]["ms"]
+            del sides["exact_split"][side]["ms"]
     assert again == result
 
 
@@ -246,7 +248,7 @@ def test_results_of_any_framework(here):
     code, out, err = mhdet("diagnose --gt data --dt dt.json --out b --imgsz 64 --num-heads 2")
     assert code == 0, err
     result = diagnosis("b")
-    assert result["split"]["reason"] == "not available: it needs the network"
+    assert result["exact_split"]["reason"] == "not available: it needs the network"
     assert result["card"]["sizes"] and result["bound"]["AP50"] > 0.1
     assert len(list(Path("b/fig").glob("suspect-*.png"))) == len(result["suspects"]) > 0
     text = Path("b/report.md").read_text()
@@ -327,7 +329,7 @@ def test_real_images_of_coco(tmp_path):
         code, _, err = mhdet(line)
         assert code == 0, err
         result = diagnosis("diagnosis")
-        assert result["images"] == 12 and result["split"]["same"]
+        assert result["images"] == 12 and result["exact_split"]["same"]
         assert result["partitions"][1]["partition"] == "by meaning"
 
 
