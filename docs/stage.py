@@ -51,6 +51,7 @@ The board below shows the state it was saved in. Its dials compute in a running 
 
 
 BEGIN = [
+    "docs/diagnose",
     "nbs/tutorials/own_data",
     "nbs/tutorials/compare",
     "nbs/tutorials/library",

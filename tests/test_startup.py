@@ -23,6 +23,7 @@ LINES = {
     "--help": LARGE,
     "trian": LARGE,
     "train --help": LARGE,
+    "diagnose --help": LARGE,
     "options": LARGE,
     "options warmup --json": LARGE,
     "train epoch=3": LARGE,
