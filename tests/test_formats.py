@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mhdet.core.config import load_config
-from mhdet.core.runs import find_run, run_state
+from mhdet.core.runs import OLD_KEYS, find_run, run_state
 from mhdet.experiment.history import load_runs, plot_runs
 from mhdet.experiment.inference import evaluate_run
 from mhdet.experiment.models import load_run
@@ -82,6 +82,6 @@ def test_it_is_evaluated_and_continued(tmp_path):
     run = train(load_config("epochs=3", "device=cpu"), resume="v0", root=tmp_path, quiet=True)
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     old_rows = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
-    assert rows[:2] == old_rows
+    assert rows[:2] == [{OLD_KEYS.get(k, k): v for k, v in row.items()} for row in old_rows]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert load_config(run / "config.yaml").network.boxes == "shared"

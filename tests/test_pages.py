@@ -80,7 +80,7 @@ def check_line(words):
         if given[key]:
             load_config({key: given[key]})
     if "heads" in given and "num_heads" in given:
-        assert given["heads"] is None, "the number of heads is --num-heads"
+        assert not (given["heads"] or "").isdecimal(), "the number of heads is --num-heads"
 
 
 TEXTS = {page: page.read_text(encoding="utf8") for page in PAGES}
