@@ -55,6 +55,7 @@ BEGIN = [
     "nbs/tutorials/own_data",
     "nbs/tutorials/compare",
     "nbs/tutorials/library",
+    "docs/study",
     "docs/coco",
     "docs/from_yolov7",
     "docs/results",

@@ -191,7 +191,7 @@ REFUSED = {
     "study s --num-heads 0": "--num-heads: must be 1..2 for 2 classes, got 0",
     "study s --num-heads 1": "--num-heads 1: nothing is partitioned and nothing compared",
     "study s precision=fp16": "precision: fp16 needs CUDA",
-    "study s stages=[{'epochs':1}] epochs=1 extra_epochs=2": "epochs: 2, but the stages have 1",
+    "study s arm.stages=[{'epochs':1}] extra_epochs=2": "arm.epochs: 2, but the stages have 1",
     "study s batch=40": "images, fewer than batch=40; give batch=",
     "study s --seeds 0": "--seeds: at least 1, got 0",
 }

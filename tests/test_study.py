@@ -1,0 +1,223 @@
+"""A study from a trained single head: its arms, their keys, its sweeps, and what it refuses.
+
+Everything is trained for an epoch on forty drawn images: what is tested is who gets which keys.
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mhdet.cli.commands import app
+from mhdet.core.config import load_config
+from mhdet.core.runs import JsonLog
+from mhdet.data.splits import open_data
+from mhdet.experiment.models import load_run
+from mhdet.model.weight_files import Checkpoint, to_foreign, write_tensors
+from mhdet.partition.heads import Partition, save_heads
+
+DATA = Path(__file__).parents[1] / "data"
+TINY = "data=toy:40 imgsz=64 batch=8 width=0.125 workers=0 device=cpu precision=fp32"
+NAMES = open_data("toy:40")["train"].names
+
+
+def mhdet(line):
+    "Exit code, stdout, stderr."
+    found = CliRunner().invoke(app, shlex.split(line))
+    return found.exit_code, found.stdout, found.stderr
+
+
+def result(line):
+    code, out, err = mhdet(f"{line} --json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def config(run):
+    return load_config(Path("runs", run, "config.yaml")).flat()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with a run of one head, one of two heads, head files, and a weight file."
+    folder = tmp_path_factory.mktemp("studies")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        halves = Partition.from_groups([range(6), range(6, 12)], NAMES, "half", "halves")
+        save_heads("halves.yaml", halves)
+        thirds = Partition.from_groups([range(i, 12, 3) for i in range(3)], NAMES, "t", "thirds")
+        save_heads("thirds.yaml", thirds)
+        save_heads("others.yaml", Partition.single(["cat", "dog"]))
+        Path("more").mkdir()
+        Path("more/halves.yaml").write_bytes(Path("halves.yaml").read_bytes())
+        for line in ("run=first", "run=second seed=1", "run=two heads=halves.yaml"):
+            assert mhdet(f"train {TINY} epochs=1 {line}")[0] == 0
+        tensors = to_foreign(load_run("first")[0])
+        write_tensors("single.safetensors", Checkpoint(tensors, NAMES))
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_head_files_are_arms_and_the_base_is_not_trained(here):
+    line = "study files --base first --arms split,halves.yaml,thirds.yaml extra_epochs=1"
+    study = result(f"{line} arm.freeze=stem others=background")
+    assert [arm["name"] for arm in study["arms"]] == ["control", "split", "halves", "thirds"]
+    assert [len(arm["per_head"]) for arm in study["arms"]] == [0, 4, 2, 3]
+    old, new = (load_run(run)[0].state_dict() for run in ("first", "files/base-s0"))
+    assert all((old[key] == new[key]).all() for key in old)
+    first = config("first")
+    for arm in ("control", "split", "halves", "thirds"):
+        own = config(f"files/{arm}-s0")
+        changed = {key for key in own if own[key] != first[key]} - {"device", "extra_epochs"}
+        expected = {"run", "weights", "freeze", "others", "lr", "heads"}
+        assert changed == expected - ({"heads"} if arm == "control" else set())
+        assert (own["freeze"], own["others"], own["lr"]) == ("stem", "background", 0.005)
+    report = Path("runs/files/report.md").read_text()
+    for words in ("Single head: first, 1 epochs.", "`epochs=1 lr=0.005 freeze=stem`", "## Heads"):
+        assert words in report
+    assert {p.stem for p in Path("runs/files/fig").iterdir()} == {
+        *("curves", "heads", "confusion", "differences", "errors")
+    }
+
+
+def test_a_row_of_a_log_has_its_heads_only_where_there_are_several(here):
+    heads = {"AP50/h0", "AP50/h1"}
+    (one,), (two,) = (JsonLog(Path("runs", run, "log.jsonl")).rows() for run in ("first", "two"))
+    assert not any("AP50/" in key for key in one)
+    assert {key for key in two if "AP50/" in key} == heads
+    runs = {run["run"]: run for run in result("runs --per-head")}
+    assert {key: runs["two"][key] for key in heads} == {key: two[key] for key in heads}
+    assert runs["first"]["AP50/h0"] is None
+    assert "AP50/h0" not in result("runs")[0]
+
+
+def test_a_weight_file_is_a_base(here):
+    line = f"study file --base single.safetensors {TINY} extra_epochs=1 --arms control"
+    study = result(line)
+    assert study["base"] == ["single.safetensors"] and study["bases"] == 1
+    assert config("file/base-s0")["weights"] == "single.safetensors"
+    given = result("study run --base first extra_epochs=1 --arms control")
+    assert study["baseline"]["AP50"] == pytest.approx(given["baseline"]["AP50"], abs=1e-6)
+
+
+def test_a_base_for_each_seed_or_one_for_all(here):
+    line = "study {} --base first {} --arms control extra_epochs=1"
+    each = result(line.format("each", "--base second"))
+    assert (each["bases"], each["arms"][0]["n"]) == (2, 2)
+    weights = [Path(config(f"each/control-s{seed}")["weights"]).name for seed in (0, 1)]
+    assert weights == ["base-s0", "base-s1"]
+    assert "pseudo-replication" not in Path("runs/each/report.md").read_text()
+    shared = result(line.format("shared", "--seeds 2"))
+    assert (shared["bases"], shared["arms"][0]["n"]) == (1, 2)
+    assert "**One base, 2 seeds.**" in Path("runs/shared/report.md").read_text()
+    first = JsonLog("runs/each/control-s0/log.jsonl").rows()[0]["train/loss"]
+    assert JsonLog("runs/shared/control-s0/log.jsonl").rows()[0]["train/loss"] == first
+
+
+def test_frozen_parts_of_the_single_head_are_not_the_arms(here):
+    line = (
+        f"study bare {TINY} epochs=1 extra_epochs=1 freeze=p3 'stages=[{{epochs: 1, freeze: p3}}]'"
+    )
+    code, _, err = mhdet(f"{line} --arms control")
+    assert code == 0, err
+    assert "freeze=p3: freezes parts of the single head, which begins with random weights" in err
+    base, control = config("bare/base-s0"), config("bare/control-s0")
+    assert (base["freeze"], len(base["stages"])) == ("p3", 1)
+    assert (control["freeze"], len(control["stages"])) == (None, 0)
+
+
+def test_short_forms_and_arm_keys_are_one_thing(here):
+    for name, words in (
+        ("short", "extra_epochs=1 extra_lr=.01"),
+        ("long", "arm.epochs=1 arm.lr=.01"),
+    ):
+        study = result(f"study {name} --base first --arms control {words}")
+        assert study["keys"] == {"epochs": 1, "lr": 0.01}
+    ends = [JsonLog(f"runs/{name}/control-s0/log.jsonl").rows()[-1] for name in ("short", "long")]
+    assert ends[0]["train/loss"] == ends[1]["train/loss"]
+    assert "`epochs=1 lr=0.01`" in Path("runs/long/report.md").read_text()
+
+
+SWEEPS = {"strategy-a": "background", "freeze": "free", "ladder": "ladder"}
+
+
+@pytest.mark.parametrize("sweep, against", SWEEPS.items())
+def test_the_sweeps_of_the_source(here, sweep, against):
+    file = DATA / f"sweep-{sweep}.yaml"
+    epochs = "" if sweep == "ladder" else "extra_epochs=1"
+    line = f"study {sweep} --base first --arms-file {file} --against {against} {epochs}"
+    study = result(line)
+    rows = yaml.safe_load(file.read_text())["rows"]
+    arms = {arm["name"]: arm for arm in study["arms"]}
+    assert arms.keys() == {"control", *rows} and study["against"] == against
+    assert f"against {against}: AP50" in study["sentence"]
+    configs = {arm: config(f"{sweep}/{arm}-s0") for arm in arms}
+    assert len({own["epochs"] for own in configs.values()}) == 1  # matched budget
+    if sweep == "strategy-a":
+        a, b = (configs[arm] for arm in rows)
+        assert {key for key in a if a[key] != b[key]} == {"run", "heads", "others"}
+        files = [Path(own["heads"]).read_text() for own in (a, b)]
+        assert files[0] == files[1]  # one argument apart
+        assert {own["freeze"] for own in configs.values()} == {50}
+    if sweep == "freeze":  # the same layers under two names
+        values = [JsonLog(f"runs/freeze/freeze-{n}-s0/log.jsonl").rows() for n in (29, "backbone")]
+        for key in ("train/loss", "AP50", "dev/box"):
+            assert values[0][-1][key] == values[1][-1][key]
+    if sweep == "ladder":
+        rates = [row["lr"] for row in JsonLog("runs/ladder/ladder-s0/log.jsonl").rows()]
+        assert len(rates) == 8 and rates[0] > rates[2] > rates[-1]
+
+
+REFUSED = {
+    "study new --base absent": "absent: no run there",
+    "study new --base two": "--base two: has 2 heads; expected one",
+    "study new --base first data=other": "its classes are not those of other: new: cat, dog",
+    "study new --base single.safetensors": "expected --data D, the data set whose classes it",
+    "study new --base first --base second --seeds 3": "--base: 2 given, expected 1 or 3, one per",
+    "study new --base first --base two": "--base two: has ",
+    "study new --base first epochs=3": "epochs: changes nothing with --base; expected arm.epochs",
+    "study new --base first width=.25": "of another width",
+    "study new --base first --arms others.yaml": "others.yaml: made for other classes",
+    "study new --base first --arms none": "or a head file; got 'none'",
+    "study new --base first --arms halves.yaml,more/halves.yaml": "would both be arm 'halves'",
+    "study new --base first arm.freez=50": "arm.freez=50: unknown key 'freez'; did you mean",
+    "study new --base first arm.imgsz=96": "arm.imgsz: must be the same",
+    "study new --base first arm.freeze=p9": "freeze=p9: known parts are stem",
+    "study new --base first --against none": "--against: must be one of control, split; got 'none'",
+    "study new --base first --arms-file bad.yaml": "bad.yaml: arm a: unknown key 'freez'",
+    "study new --base first --arms-file none.yaml": "none.yaml: no such file",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refused_in_one_line_before_anything_is_made(here, line):
+    other = Path("other")
+    if not other.is_dir():
+        for split in ("train", "val"):
+            (other / "images" / split).mkdir(parents=True)
+            (other / "labels" / split).mkdir(parents=True)
+            for i in range(12):
+                image = Path("runs").parent / f"other/images/{split}/{i}.png"
+                draw(image, i)
+                label = f"{i % 2} .5 .5 .4 .4\n"
+                Path(f"other/labels/{split}/{i}.txt").write_text(label)
+        (other / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog]")
+    Path("bad.yaml").write_text("rows: {a: {freez: 50}}")
+    code, out, err = mhdet(line)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert REFUSED[line] in err
+    assert not Path("runs/new").exists()
+
+
+def draw(path, i):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), (20 * i, 90, 200 - 10 * i)).save(path)
