@@ -295,6 +295,7 @@ REFUSED = {
     "diagnose other.pt --data data": "other.pt: holds a detector of torchvision",
     "diagnose best.pt --data data --split test": "no split 'test'",
     "diagnose --gt data --dt dt.json --num-heads 9": "--num-heads: must be 1..5",
+    "diagnose --gt data --dt dt.json --heads 3": "the number is --num-heads 3",
     "diagnose --gt data --dt dt.json --imgsz 100": "imgsz",
     "diagnose --gt data --dt dt.json --groups data": "data",
 }
