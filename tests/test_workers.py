@@ -18,6 +18,7 @@ from processes import LIMIT
 from mhdet.core.config import load_config
 from mhdet.data.dataset import DetDataset, loader
 from mhdet.data.toy import toy_dataset
+from mhdet.experiment import inference
 from mhdet.experiment import run as experiment
 from mhdet.experiment.study import study
 from mhdet.training.learner import Callback, Learner, NonFinite
@@ -66,7 +67,7 @@ def made(monkeypatch):
             self.more = np.ones(60 << 20, np.uint8)
             references.append(weakref.ref(self))
 
-    monkeypatch.setattr(experiment, "DetDataset", Heavy)
+    monkeypatch.setattr(inference, "DetDataset", Heavy)
     return references
 
 
