@@ -125,8 +125,9 @@ def predict_run(ref, chosen, records, **limits):
         The data's classes are not those of the run.
     """
     from mhdet.experiment.checks import class_difference
-    from mhdet.experiment.run import dataset, load_run, predict
-    from mhdet.experiment.run import limits as usual_limits
+    from mhdet.experiment.inference import dataset, predict
+    from mhdet.experiment.inference import limits as usual_limits
+    from mhdet.experiment.models import load_run
     from mhdet.training.learner import make_accelerator
 
     model, cfg = load_run(ref, ROOT)
@@ -204,7 +205,7 @@ def _eval(
         n_images = len(truth.ids)
         result = evaluate(truth.gt, predictions, truth.names, n_images, metrics, **settings)
     else:
-        from mhdet.experiment.run import evaluate_run
+        from mhdet.experiment.inference import evaluate_run
 
         settings = {"metrics": metrics, "root": ROOT, "conf": conf, **chosen}
         result = evaluate_run(names[0], split, **settings)
@@ -286,6 +287,30 @@ def _head_blocks(confusions, partition):
     return blocks, rows
 
 
+def _write_confusion(out, confusions, partition):
+    "Write CSV and figure; the names of both files."
+    import matplotlib.pyplot as plt
+
+    from mhdet.core.plotting import theme
+    from mhdet.evaluation.confusion import plot_confusion, write_confusion
+
+    path = Path(out)
+    if path.is_dir():
+        path /= "confusion.csv"
+    elif path.suffix == ".png":
+        path = path.with_suffix(".csv")
+    figure = path.with_suffix(".png")
+    write_confusion(path, confusions.matrix, confusions.names)
+    theme()
+    several = partition is not None and partition.nh > 1
+    head_of = partition.head_of if several else None
+    ax = plot_confusion(confusions.matrix, confusions.names, head_of)
+    ax.set_title(confusions.where, fontsize=8, parse_math=False, wrap=True)
+    ax.figure.savefig(figure)
+    plt.close(ax.figure)
+    return [str(path), str(figure)]
+
+
 @command("data device", (0, 1), "[RUN] [key=value]...")
 def _confuse(
     names,
@@ -293,7 +318,7 @@ def _confuse(
     gt: str = GT,
     dt: str = DT,
     split: str = option(None, f"{SPLIT}; dev, or val."),
-    out: str = option(None, "Confusion CSV to write."),
+    out: str = option(None, "CSV to write, with the figure beside it; or a folder."),
     conf: float = share_option(0.25, "Least score."),
     iou: float = share_option(0.5, "Least IoU."),
     pairs: int = option(15, "How many pairs to list."),
@@ -307,9 +332,9 @@ def _confuse(
     """Which class, and which head, is taken for which.
 
     Most confused pairs first; with several heads, also which head detected the objects of which.
+    --out writes the matrix and draws it, classes ordered and framed by head.
     """
     from mhdet.core.runs import find_run
-    from mhdet.evaluation.confusion import write_confusion
     from mhdet.partition.evidence import confusability, confused_pairs
     from mhdet.partition.heads import load_heads
 
@@ -320,8 +345,7 @@ def _confuse(
     if names and not heads:
         file = find_run(names[0], ROOT)[0] / "heads.yaml"
     partition = load_heads(file, classes) if file else None
-    if out:
-        write_confusion(out, matrix, classes)
+    files = _write_confusion(out, confusions, partition) if out else []
     share = confusability(matrix, len(classes))
     rows = []
     for i, j in confused_pairs(matrix, classes, pairs, threshold):
@@ -332,6 +356,7 @@ def _confuse(
     if partition and partition.nh > 1:
         blocks, block_rows = _head_blocks(confusions, partition)
         parts.append(text_table(block_rows))
+    parts += ["\n".join(files)] if files else []
     value = {"names": classes, "matrix": matrix, "pairs": rows, "where": where, "blocks": blocks}
     return value, "\n\n".join(parts)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEVERAL', 'SIGNALS', 'PACKAGE', 'app', 'ROOT', 'KEY_OPTIONS', 'error_line', 'spread_values', 'CommandGroup',
-           'run_line', 'config_sources', 'chosen_keys', 'stdout_to_stderr', 'plain_value', 'text_table', 'option',
-           'share_option', 'check_names', 'command']
+           'run_line', 'config_sources', 'chosen_keys', 'prefixed_keys', 'stdout_to_stderr', 'plain_value',
+           'text_table', 'option', 'share_option', 'check_names', 'command']
 
 # %% ../../nbs/11_cli/00_grammar.ipynb #e1fc10c6
 import contextlib
@@ -250,6 +250,34 @@ def chosen_keys(sources, uses=None):
                 raise ValueError(f"'{name}' changes nothing here; allowed: {allowed}")
     return {name: flat[name] for name in names}
 
+
+def prefixed_keys(words, prefix):
+    """The config keys of words such as `arm.lr=.001`.
+
+    Parameters
+    ----------
+    words : list of str
+    prefix : str
+        `arm.`
+
+    Returns
+    -------
+    dict
+        `arm.lr` -> value; whether it fits is known when it meets the other keys.
+
+    Raises
+    ------
+    KeyError
+        An unknown key.
+    """
+    from mhdet.core.config import read_word
+
+    keys = {}
+    for word in words:
+        name, value = read_word(word.removeprefix(prefix), word)
+        keys[prefix + name] = value
+    return keys
+
 # %% ../../nbs/11_cli/00_grammar.ipynb #b6a891ef
 @contextlib.contextmanager
 def stdout_to_stderr():
@@ -440,7 +468,7 @@ def _show(value, text, as_json):
         typer.echo(text if isinstance(text, str) else text_table(text))
 
 
-def command(uses=None, names=(0, 0), usage="[key=value]..."):
+def command(uses=None, names=(0, 0), usage="[key=value]...", prefix=None):
     """Register a function as a command; its docstring is the help.
 
     Parameters
@@ -451,6 +479,9 @@ def command(uses=None, names=(0, 0), usage="[key=value]..."):
         Least and most number of words without `=`.
     usage : str
         What the usage line says after the options.
+    prefix : str, optional
+        Words `PREFIXkey=value` are config keys of something else; they are in `chosen` under their
+        name with the prefix.
 
     Returns
     -------
@@ -469,7 +500,10 @@ def command(uses=None, names=(0, 0), usage="[key=value]..."):
             words = words or []
             settings = [word for word in words if "=" in word and not os.path.exists(word)]
             named = check_names([w for w in words if w not in settings], *names, usage)
-            chosen = chosen_keys(config_sources(ctx.obj, settings, keys), uses)
+            others = [w for w in settings if prefix and w.startswith(prefix)]
+            own_words = [w for w in settings if w not in others]
+            chosen = chosen_keys(config_sources(ctx.obj, own_words, keys), uses)
+            chosen |= prefixed_keys(others, prefix)
             own_options = {k: v for k, v in options.items() if k not in keys}
             with stdout_to_stderr():
                 value, text, *failed = f(named, chosen, **own_options)

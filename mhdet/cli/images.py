@@ -251,7 +251,7 @@ AT_ONCE = 256  # images whose squares are held in memory; a multiple of the batc
 
 def _detect_in(records, model, cfg, limits):
     "Records and detections of so many images at a time."
-    from mhdet.experiment.run import dataset, predict
+    from mhdet.experiment.inference import dataset, predict
 
     for start in range(0, len(records), AT_ONCE):
         part = range(start, min(start + AT_ONCE, len(records)))
@@ -279,7 +279,8 @@ def _detect(
     from mhdet.core.files import file_names
     from mhdet.core.plotting import theme
     from mhdet.evaluation.results import write_results
-    from mhdet.experiment.run import limits, load_run
+    from mhdet.experiment.inference import limits
+    from mhdet.experiment.models import load_run
     from mhdet.training.learner import make_accelerator
 
     ref, *paths = names

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'MOVED_GROUPS', 'RETIRED', 'DataConfig', 'NetworkConfig', 'LossConfig', 'Stage', 'TrainingConfig',
-           'EvaluationConfig', 'Config', 'load_config', 'as_word', 'options']
+           'EvaluationConfig', 'Config', 'load_config', 'as_word', 'key_name', 'read_word', 'options']
 
 # %% ../../nbs/00_core/01_config.ipynb #b538fbf5
 import difflib
@@ -178,13 +178,17 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = None
     device: Annotated[_Text, _about("auto, cpu or cuda")] = "auto"
     precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], _about("number format of the forward pass")
+        Literal["auto", "fp32", "bf16", "fp16"],
+        _about("number format of the forward pass; auto: by device and trunk, kept in the run"),
     ] = "auto"
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], _about("optimiser; with adamw give `lr`, usually .001 to .002")
+    ] = "sgd"
     lr: Annotated[_Amount, _about("learning rate for `nominal_batch` images")] = 0.02
     extra_lr: Annotated[_Amount, _about("learning rate of a study's arms")] = 0.005
     lrf: Annotated[_Amount, _about("share of `lr` that is left at the end", "share")] = 0.01
     backbone_lr: Annotated[_Amount, _about("factor on the learning rate of the backbone")] = 1.0
-    momentum: Annotated[_Part, _about("momentum of SGD")] = 0.937
+    momentum: Annotated[_Part, _about("momentum of SGD, beta1 of AdamW")] = 0.937
     weight_decay: Annotated[_Amount, _about("weight decay per step")] = 5e-4
     nominal_batch: Annotated[
         _Count, _about("smaller batches are accumulated to so many images", "images")
@@ -196,7 +200,9 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     warmup_momentum: Annotated[_Part, _about("momentum at the start of the warm-up")] = 0.8
     warmup_bias_lr: Annotated[
         _Amount | None,
-        _about("learning rate of biases at the start; without: .1 or 10 `lr`, the smaller"),
+        _about(
+            "learning rate of biases at the start; without: .1 or 10 `lr`, the smaller; adamw: `lr`"
+        ),
     ] = None
     schedule: Annotated[
         Literal["cosine", "constant", "step", "restarts"], _about("course of the learning rate")
@@ -341,7 +347,7 @@ def _items(source):
     return read_yaml(source), str(source), False
 
 
-def _name(key, where):
+def _field_name(key, where):
     "The field that a key means: `training.lr` and `lr` are the same, and so was `train.lr`, once."
     group, dot, name = key.rpartition(".")
     if name in RETIRED:
@@ -482,7 +488,7 @@ def load_config(*sources):
         for key, value in items.items():
             if not word and str(key).rpartition(".")[2] in RETIRED:
                 continue
-            name = _name(str(key), where)
+            name = _field_name(str(key), where)
             if word:
                 value = _parsed_word(name, value, where)
             groups[GROUP[name]][name], origin[name] = value, where
@@ -517,6 +523,55 @@ def as_word(key, value):
     if not (takes_text and isinstance(value, str)):
         value = json.dumps(value, ensure_ascii=False)  # JSON is YAML
     return f"{key}={value}"
+
+# %% ../../nbs/00_core/01_config.ipynb #85c8aa8e
+def key_name(key, where="command line"):
+    """The plain name of a key.
+
+    Parameters
+    ----------
+    key : str
+        With or without its group.
+    where : str
+        What error messages call the place of the key.
+
+    Returns
+    -------
+    str
+        `lr` for `training.lr`.
+
+    Raises
+    ------
+    KeyError
+        As in `load_config`.
+    """
+    return _field_name(str(key), where)
+
+
+def read_word(word, where="command line"):
+    """Key and value of a word `key=value`, the value not yet checked.
+
+    Parameters
+    ----------
+    word : str
+    where : str
+        What error messages call the place of the word.
+
+    Returns
+    -------
+    (str, object)
+        Plain name and value, read as `load_config` does.
+
+    Raises
+    ------
+    KeyError
+        As in `load_config`.
+    ValueError
+        Not YAML, where the key takes it.
+    """
+    key, _, text = word.partition("=")
+    name = _field_name(key, where)
+    return name, _parsed_word(name, text, where)
 
 # %% ../../nbs/00_core/01_config.ipynb #2ffb861a
 def options():

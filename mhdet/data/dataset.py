@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from . import images as images_module
-from .boxes import letterbox, to_cxcywh
+from .boxes import letterbox, letterbox_params, to_cxcywh
 from .cache import content_key, disk_array
 from .images import _describe_error, read_image
 from .overlaps import _each
@@ -40,7 +40,8 @@ def _squares_key(records, size):
 
     It depends on the code and the libraries that decode them; for files on path, size and times.
     """
-    code = [inspect.getsource(part) for part in (images_module, letterbox, _decode)]
+    parts = (images_module, letterbox, letterbox_params, _decode)
+    code = [inspect.getsource(part) for part in parts]
     how = (code, PIL.__version__, torchvision.__version__, size)
     if records.files is None:
         digest = blake2b(np.ascontiguousarray(records.pixels)).hexdigest()

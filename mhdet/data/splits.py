@@ -29,6 +29,11 @@ def _is_dev(image_id, share):
     return int.from_bytes(digest, "big") < share * 2**64
 
 
+def _is_toy(path):
+    "Whether a data set is the built-in one: `toy` or `toy:600`."
+    return str(path).split(":")[0] == "toy"
+
+
 def _toy_layout(word):
     "Splits and reader of `toy` or `toy:600`; val has 4/15 as many images, of another seed."
     n = word.partition(":")[2] or "1500"
@@ -44,8 +49,7 @@ def _toy_layout(word):
 
 def _layout(path):
     "The splits a data set has, list of str, and a function that reads one."
-    is_toy = str(path).split(":")[0] == "toy"
-    return _toy_layout(str(path)) if is_toy else find_layout(path)
+    return _toy_layout(str(path)) if _is_toy(path) else find_layout(path)
 
 
 def _set_dev_aside(train, share):

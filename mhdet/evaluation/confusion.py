@@ -217,7 +217,8 @@ def _plot_matrix(values, names, head_of, ax, **style):
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    ax = ax or plt.subplots(figsize=(4.8, 4.2))[1]
+    side = min(max(4.2, 1.6 + 0.1 * len(values)), 10)  # names of 80 classes have room
+    ax = ax or plt.subplots(figsize=(side + 0.6, side))[1]
     head = np.zeros(len(names), int) if head_of is None else np.asarray(head_of)
     order = np.argsort(head, kind="stable")
     full = np.append(order, len(names))

@@ -6,6 +6,7 @@
 __all__ = ['Matches', 'match_anchors', 'match_ota', 'check_targets', 'targets_from_boxes']
 
 # %% ../../nbs/04_model/05_assign.ipynb #e1908085
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -444,10 +445,13 @@ def targets_from_boxes(dicts, size, nc=None):
     Raises
     ------
     ValueError
-        Names the image, the box and what is wrong: another unit or order, an empty box, one beyond
-        the input, labels that are no classes or not as many as boxes.
+        A size of another form. Names the image, the box and what is wrong: another unit or order,
+        an empty box, one beyond the input, labels that are no classes or not as many as boxes.
     """
-    size = tuple(size) if hasattr(size, "__len__") else (size, size)
+    sides = tuple(size) if hasattr(size, "__len__") else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, numbers.Real) and side > 0 for side in sides):
+        raise ValueError(f"size: expected a side or (height, width) in px, got {size!r}")
+    size = sides
     if isinstance(dicts, dict):
         raise ValueError("expected a list of dicts, one for each image, got one dict")
     pairs = [_boxes_and_labels(f"image {i}", target, size) for i, target in enumerate(dicts)]

@@ -31,8 +31,9 @@ class Detector(nn.Module):
     Raises
     ------
     ValueError
-        When called: sides that are not multiples of 32; a trunk that returns something else than
-        one map of the head's channels per level.
+        When called: images that are no tensor (B, 3, H, W) of floats; sides that are not multiples
+        of 32; a trunk that returns something else than one map of the head's channels and stride
+        per level.
     """
 
     def __init__(self, trunk, head):
@@ -57,7 +58,31 @@ class Detector(nn.Module):
         return cls(trunk, head).to(memory_format=torch.channels_last)
 
     def forward(self, x):
-        return self.head(self.trunk(x))
+        self._check_images(x)
+        raws = self.head(self.trunk(x))
+        self._check_strides(raws, x)
+        return raws
+
+    @staticmethod
+    def _check_images(x):
+        "That images are what a network takes: bytes, lists and single images are common mistakes."
+        expected = "images: expected floats in 0..1, a tensor (B, 3, H, W), got"
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{expected} {type(x).__name__}; torch.stack makes one of a list")
+        if x.ndim != 4:
+            raise ValueError(f"{expected} shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{expected} {x.dtype}; divide bytes by 255")
+
+    def _check_strides(self, raws, x):
+        "That a map has as many cells as its stride says, up to one that was rounded up or down."
+        for level, (raw, stride) in enumerate(zip(raws, self.head.strides, strict=True)):
+            for cells, px in zip(raw.shape[2:], x.shape[2:], strict=True):
+                if not -stride < cells * stride - px < stride:
+                    raise ValueError(
+                        f"maps: level {level}: {cells} cells of stride {stride} make "
+                        f"{cells * stride} px, but the image has {px}; its stride is {px // cells}"
+                    )
 
     @torch.no_grad()
     def detect(self, x, **limits):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import Function
 
 from ..data.boxes import ciou, iou_cxcywh
-from .assign import check_targets, match_anchors, match_ota
+from .assign import _check_shape, check_targets, match_anchors, match_ota
 from .multihead import ANCHORS, STRIDES, check_levels, head_channels, per_anchor
 
 # %% ../../nbs/04_model/06_loss.ipynb #534c9ef2
@@ -403,7 +403,8 @@ class RoutedLoss(nn.Module):
             float32 scalars: `loss`, times the batch size, the only one with a graph; `box`, `obj`,
             `cls` with gains and head weights; `h0/box`, `h0/obj`, `h0/cls`, `h1/box`, ... without
             either. In several processes matches are counted over all of them: the whole batch's
-            `loss` is the sum of theirs, its other terms are the means.
+            `loss` is the sum of theirs, its other terms are the means. PyTorch's
+            DistributedDataParallel averages gradients: multiply `loss` by the number of processes.
 
         Raises
         ------
@@ -412,6 +413,7 @@ class RoutedLoss(nn.Module):
             refused.
         """
         self._check_maps(raws)
+        _check_shape(targets)
         if self.validate or not self._seen_targets:
             check_targets(targets, len(raws[0]), self.nc)
             self._seen_targets = len(targets) > 0

@@ -26,17 +26,19 @@ from ..data.dataset import DetDataset, collate
 from ..data.toy import toy_dataset
 from ..evaluation.metrics import ENGINES, evaluate
 from ..evaluation.statistics import paired_diff
-from ..experiment.run import predict, train
+from ..experiment.inference import predict
+from ..experiment.run import train
 from ..model.backbone import Conv
 from ..model.detector import Detector, decode, detect
 from ..model.loss import RoutedLoss, naive_loss
 from ..model.multihead import MultiHead
-from ..model.weights import load_foreign, to_foreign
+from ..model.weight_files import to_foreign
+from ..model.weights import load_foreign
 from .conformance import _partition, draw_images, draw_weights
 from .onnx import _open_session, to_onnx
 from ..training.callbacks import Checkpoint, Recorder
-from ..training.learner import Learner, call_hook, make_accelerator, to_unit
-from ..training.schedules import EMA, Schedule, sgd
+from ..training.learner import Learner, bf16_flags, call_hook, make_accelerator, to_unit
+from ..training.schedules import EMA, Schedule, make_optimizer
 
 # %% ../../nbs/10_tools/02_benchmark.ipynb #cae9ec90
 def _alternate(sides, calls, cuda=False):
@@ -204,6 +206,34 @@ def _step_sides(width, batch, imgsz, device):
     )
 
 
+def _precision_sides(width, batch, imgsz, device):
+    "A training step in fp32 and in bf16, each of a model of its own; the loss is fp32 in both."
+    images = draw_images(batch, imgsz, 0).to(device)
+    targets = _random_targets(batch, 7, device)
+
+    def side(bf16):
+        model, loss, optimizer = _training_parts(width, device)
+        model = model.to(memory_format=torch.channels_last)
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                raws = model(to_unit(images))
+            loss([raw.float() for raw in raws], targets)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return dict(fp32=side(False), bf16=side(True))
+
+
+def _has_bf16(device):
+    "Whether a device computes bf16 itself."
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(bf16_flags())
+
+
 def _trainer_sides(width, batch, imgsz, device, folder):
     """Forward, loss and backward by hand; a step of the `Learner` with the callbacks of a run.
 
@@ -217,7 +247,7 @@ def _trainer_sides(width, batch, imgsz, device, folder):
     checkpoint = Checkpoint(folder)
     recorder = Recorder(JsonLog(folder / "log.jsonl"))
     callbacks = [Schedule(0.001), EMA(model), recorder, checkpoint]
-    optimizer = sgd(model, 0.001)
+    optimizer = make_optimizer(model, "sgd", 0.001)
     learner = Learner(
         model, loss, optimizer, [data], callbacks, device=str(device), precision="fp32"
     )
@@ -247,7 +277,7 @@ def _loader_busy(n):
     with tempfile.TemporaryDirectory() as root:
         run = train(cfg, root=root, quiet=True)
         rows = JsonLog(run / "log.jsonl").rows()
-    return np.array([r["busy"] for r in rows[1:]])  # the first epoch starts the worker
+    return np.array([r["data_ready"] for r in rows[1:]])  # the first epoch starts the worker
 
 # %% ../../nbs/10_tools/02_benchmark.ipynb #41db78d4
 def _fold_normalisation(model):
@@ -359,6 +389,7 @@ LIMITS = {
     "decode_time_4to1": 1.2,
     "decode_memory_4to1": 1.25,
     "loss_share_of_step": None,
+    "bf16_to_fp32_step": None,
     "trainer_overhead": 0.02,
     "checkpoint_overhead": 0.03,
     "loader_busy": 0.9,
@@ -382,7 +413,7 @@ LOSS_RATIOS = (  # name, part, side, side that it is divided by
     ("ota4_to_ota1", "loss", "ota4", "ota1"),
 )
 ONNX_BATCHES = {"": 1, "_8": 8}
-# images per call of each part; of the trainer: width, batch, side (px)
+# images per call of each part; of trainer and precision: width, batch, side (px)
 FULL = dict(
     decode=32,
     nms=4,
@@ -390,6 +421,7 @@ FULL = dict(
     step=16,
     width=0.25,
     trainer=(1.0, 16, 320),
+    precision=(0.5, 16, 160),
     toy=1500,
     images=600,
     judged=5000,
@@ -402,6 +434,7 @@ QUICK = dict(
     step=4,
     width=0.125,
     trainer=(0.125, 2, 64),
+    precision=(0.125, 2, 64),
     toy=40,
     images=32,
     judged=60,
@@ -430,6 +463,8 @@ def _measure(n, device, imgsz):
         eval=_eval_side(n["images"], device),
         judge=_metric_sides(n["judged"]),
     )
+    if _has_bf16(device):
+        parts["precision"] = _precision_sides(*n["precision"], device)
     seconds = {}
     for part, sides in parts.items():
         seconds[part] = _alternate(sides, _CALLS.get(part, n["calls"]), cuda)
@@ -464,6 +499,8 @@ def _ratios(n, seconds, peak):
         judge_to_pycocotools=judge["own"] / judge["pycocotools"],
         judge_to_fast=judge["own"] / judge["fast"],
     )
+    if precision := seconds.get("precision"):
+        out["bf16_to_fp32_step"] = precision["bf16"] / precision["fp32"]
     for base in ("torch", "fused"):
         for tail in ONNX_BATCHES:
             if onnx := seconds.get("onnx" + tail):
@@ -488,9 +525,9 @@ def bench(device="cpu", quick=False, imgsz=320):
     Returns
     -------
     dict
-        Medians under the names of `LIMITS`, for 25 boxes per image with `_25`; `spread` (their
-        quartiles), `ms` per call, `mb` held beside the inputs, and the conditions: `imgsz` (px),
-        `sizes`, `device`, `threads`.
+        Medians under the names of `LIMITS`, for 25 boxes per image with `_25`, None where this
+        machine cannot measure it (bf16, ONNX Runtime); `spread` (their quartiles), `ms` per call,
+        `mb` held beside the inputs, and the conditions: `imgsz` (px), `sizes`, `device`, `threads`.
 
     Raises
     ------

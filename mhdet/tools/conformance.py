@@ -19,7 +19,8 @@ from ..data.boxes import to_cxcywh
 from ..model.detector import Detector, decode
 from ..model.loss import RoutedLoss
 from ..model.multihead import per_anchor
-from ..model.weights import channels_by_head, load_foreign, to_foreign
+from ..model.weight_files import channels_by_head, to_foreign
+from ..model.weights import load_foreign
 from ..partition.heads import Head, Partition
 
 # %% ../../nbs/10_tools/01_conformance.ipynb #c52d1417

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flatten', 'unflatten', 'checksum', 'read_slot', 'newest_intact', 'save', 'load', 'read_meta', 'rng_state',
-           'set_rng_state', 'resume_state']
+           'set_rng_state', 'resume_state', 'begin_from']
 
 # %% ../../nbs/05_training/01_checkpoint.ipynb #5dbaafbf
 import contextlib
@@ -341,3 +341,36 @@ def resume_state(path, target):
     if "rng" in tree:
         set_rng_state(tree["rng"])
     return meta
+
+# %% ../../nbs/05_training/01_checkpoint.ipynb #8bc286e7
+def begin_from(tree, learner, rng=True):
+    """Give the learner of a new run the whole state of another run, stored between two epochs.
+
+    Settings stay those of the learner. Where its epochs have another number of steps, the steps are
+    counted as if it had always been so; where it averages weights and the other run did not, the
+    average begins with the weights. Which epoch was best is not taken over.
+
+    Parameters
+    ----------
+    tree : dict
+        Of the whole state, from `load`.
+    learner : Learner
+        Of the same network and kind of optimiser.
+    rng : bool
+        Whether the random streams go on too.
+
+    Raises
+    ------
+    ValueError
+        The optimiser has other groups of parameters.
+    """
+    tree = {name: part for name, part in tree.items() if name != "checkpoint"}
+    tree.setdefault("ema", tree["model"])
+    groups = learner.optimizer.param_groups
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    learner.load_state_dict(tree)
+    for group, own in zip(learner.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    learner.steps = learner.epoch * learner.steps_per_epoch
+    if rng and "rng" in tree:
+        set_rng_state(tree["rng"])
