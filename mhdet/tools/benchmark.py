@@ -9,6 +9,9 @@ __all__ = ['ONE', 'FOUR', 'LIMITS', 'LIMITS_25', 'LOSS_RATIOS', 'ONNX_BATCHES', 
 import copy
 import importlib.util
 import itertools
+import json
+import subprocess
+import sys
 import tempfile
 import time
 import weakref
@@ -37,7 +40,14 @@ from ..model.weights import load_foreign
 from .conformance import _partition, draw_images, draw_weights
 from .onnx import _open_session, to_onnx
 from ..training.callbacks import Checkpoint, Recorder
-from ..training.learner import Learner, bf16_flags, call_hook, make_accelerator, to_unit
+from mhdet.training.learner import (
+    Learner,
+    bf16_flags,
+    call_hook,
+    keep_memory,
+    make_accelerator,
+    to_unit,
+)
 from ..training.schedules import EMA, Schedule, make_optimizer
 
 # %% ../../nbs/10_tools/02_benchmark.ipynb #cae9ec90
@@ -227,6 +237,26 @@ def _precision_sides(width, batch, imgsz, device):
     return dict(fp32=side(False), bf16=side(True))
 
 
+def _print_steps(kept, width, batch, imgsz, steps):
+    "In a process of its own: print the seconds of each training step, as JSON."
+    if kept:
+        keep_memory()
+    step = _precision_sides(width, batch, imgsz, torch.device("cpu"))["fp32"]
+    print(json.dumps(_alternate(dict(step=step), steps)["step"].tolist()))
+
+
+def _memory_seconds(width, batch, imgsz, rounds, steps=5):
+    "Seconds of training steps in processes that keep freed memory and in others that return it."
+    seconds = dict(kept=[], returned=[])
+    for _ in range(rounds):
+        for side in seconds:
+            call = f"_print_steps({side == 'kept'}, {width}, {batch}, {imgsz}, {steps})"
+            code = f"from mhdet.tools.benchmark import _print_steps; {call}"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+            seconds[side] += json.loads(done.stdout)
+    return {side: np.array(values) for side, values in seconds.items()}
+
+
 def _has_bf16(device):
     "Whether a device computes bf16 itself."
     if device.type == "cuda":
@@ -390,6 +420,7 @@ LIMITS = {
     "decode_memory_4to1": 1.25,
     "loss_share_of_step": None,
     "bf16_to_fp32_step": None,
+    "memory_step": None,
     "trainer_overhead": 0.02,
     "checkpoint_overhead": 0.03,
     "loader_busy": 0.9,
@@ -468,6 +499,8 @@ def _measure(n, device, imgsz):
     seconds = {}
     for part, sides in parts.items():
         seconds[part] = _alternate(sides, _CALLS.get(part, n["calls"]), cuda)
+    if not cuda:
+        seconds["memory"] = _memory_seconds(*n["precision"], rounds=max(1, n["calls"] // 5))
     # last, since they leave the memory fragmented
     with tempfile.TemporaryDirectory() as folder:
         if not cuda and importlib.util.find_spec("onnxruntime"):
@@ -499,6 +532,8 @@ def _ratios(n, seconds, peak):
         judge_to_pycocotools=judge["own"] / judge["pycocotools"],
         judge_to_fast=judge["own"] / judge["fast"],
     )
+    if memory := seconds.get("memory"):
+        out["memory_step"] = memory["kept"] / memory["returned"]
     if precision := seconds.get("precision"):
         out["bf16_to_fp32_step"] = precision["bf16"] / precision["fp32"]
     for base in ("torch", "fused"):
