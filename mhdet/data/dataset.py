@@ -354,6 +354,8 @@ class Loader(DataLoader):
     batch_sampler : EpochBatches
     workers : int
         Processes; 0 makes samples where they are used.
+    collate_fn : callable
+        Puts samples together; for samples that are not those of a `DetDataset`.
 
     Raises
     ------
@@ -363,7 +365,7 @@ class Loader(DataLoader):
 
     _end = None
 
-    def __init__(self, ds, batch_sampler, workers=0):
+    def __init__(self, ds, batch_sampler, workers=0, collate_fn=collate):
         options = {}
         if workers:
             context = _Fork() if hasattr(os, "fork") else None
@@ -372,7 +374,7 @@ class Loader(DataLoader):
             ds,
             batch_sampler=batch_sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=collate_fn,
             worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available(),
             **options,

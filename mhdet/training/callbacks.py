@@ -64,8 +64,8 @@ def device_busy(device):
 
 
 def _refuse_nan(learner, results):
-    "A loss on dev that is not finite is an error, as in training."
-    losses = {key: value for key, value in results.items() if key.startswith("dev/")}
+    "A loss on dev or val that is not finite is an error, as in training."
+    losses = {k: value for k, value in results.items() if k.startswith(("dev/", "val/"))}
     if not all(map(math.isfinite, losses.values())):
         raise NonFinite(learner.steps, losses, "val nan")
 
@@ -89,15 +89,18 @@ class Recorder(Callback):
         Epochs between evaluations; the last epoch is always evaluated.
     after : int
         First epochs without an evaluation.
+    mean_of : int
+        Images over which the loss is a mean already; 1: it is their sum.
 
     Raises
     ------
     NonFinite
-        A key `dev/NAME` of the evaluation is not finite; no row is written.
+        A key `dev/NAME` or `val/NAME` of the evaluation is not finite; no row is written.
     """
 
-    def __init__(self, log, evaluate=None, every=1, after=0):
+    def __init__(self, log, evaluate=None, every=1, after=0, mean_of=1):
         self.log, self.evaluate, self.every, self.after = log, evaluate, every, after
+        self.mean_of = mean_of
         self.past, self.sums, self.batches, self.names = {}, None, 0, []
         self.busy, self.asked = [], 0.0
 
@@ -155,7 +158,8 @@ class Recorder(Callback):
             "lr": learner.optimizer.param_groups[0]["lr"],
         }
         for name, value in zip(self.names, sums, strict=True):
-            row[f"train/{name}"] = value / (self.images if name == "loss" else self.batches)
+            share = self.images / self.mean_of if name == "loss" else self.batches
+            row[f"train/{name}"] = value / share
         row["seconds"] = seconds
         row["pictures_per_s"] = self.images * learner.world / seconds
         row["data_ready"] = max(0.0, 1 - (self.waited + learner.waited) / seconds)
@@ -199,8 +203,9 @@ class Checkpoint(Callback):
         Epochs between kept states `epoch_NNN`; 0: none.
     save_steps : int
         Optimiser steps between saves within an epoch; 0: none.
-    best : str, optional
-        Key of the log row; `best` is stored when it is a new largest value.
+    best : str or dict, optional
+        Key of the log row; `best` is stored when it is a new largest value. A dict names several
+        such states, each with its key; `-` before a key means the smallest value.
     meta : dict, optional
         JSON values stored with each state, joined by epoch, batch, steps and row.
 
@@ -211,9 +216,10 @@ class Checkpoint(Callback):
     """
 
     def __init__(self, run, keep_every=0, save_steps=0, best=None, meta=None):
-        self.run, self.key, self.meta = Path(run), best, meta or {}
+        self.run, self.meta, self.at = Path(run), meta or {}, None
+        self.keys = best if isinstance(best, dict) else {"best": best} if best else {}
         self.keep_every, self.save_steps = keep_every, save_steps
-        self.value = self.at = None
+        self.values = {}
 
     def put(self, learner, name, tree):
         """Store a tree as the state `name`; the first process does it."""
@@ -245,11 +251,14 @@ class Checkpoint(Callback):
             self.save_last(learner)
 
     def after_epoch(self, learner):
-        value = learner.row.get(self.key)
-        largest = -math.inf if self.value is None else self.value
-        if value is not None and value > largest:  # NaN is never larger
-            self.value = value
-            self.put(learner, "best", {"model": learner.ema.state_dict()})
+        for name, key in self.keys.items():
+            value = learner.row.get(key.removeprefix("-"))
+            if value is None:
+                continue
+            value = -value if key[0] == "-" else value
+            if value > self.values.get(name, -math.inf):  # NaN is never larger
+                self.values[name] = value
+                self.put(learner, name, {"model": learner.ema.state_dict()})
         kept = self.keep_every and learner.epoch % self.keep_every == 0
         self.save_last(learner, *([f"epoch_{learner.epoch:03d}"] if kept else []))
 
@@ -258,10 +267,10 @@ class Checkpoint(Callback):
             self.save_last(learner)
 
     def state_dict(self):
-        return {} if self.value is None else {"best": self.value}
+        return dict(self.values)
 
     def load_state_dict(self, state):
-        self.value = state["best"]
+        self.values = dict(state)
 
 # %% ../../nbs/05_training/03_callbacks.ipynb #666bc282
 RESTART_COLUMNS = ("epoch", "load_epoch", "old_seed", "new_seed", "step", "terms", "reason")

@@ -78,11 +78,11 @@ def make_optimizer(model, kind, lr, momentum=0.937, weight_decay=5e-4, part=None
     ----------
     model : nn.Module
     kind : str
-        `sgd`: gradient descent with Nesterov momentum. `adamw`: Adam whose weight decay is apart
-        from the gradient.
+        `sgd`: gradient descent with Nesterov momentum. `adam`: Adam, its weight decay a part of
+        the gradient. `adamw`: Adam whose weight decay is apart from the gradient.
     lr : float
     momentum : float
-        Share of the mean gradient that is kept; beta1 of AdamW, whose beta2 is 0.999.
+        Share of the mean gradient that is kept; beta1 of Adam and AdamW, whose beta2 is 0.999.
     weight_decay : float
         Of weights; norms and biases have none.
     part, factor
@@ -100,14 +100,16 @@ def make_optimizer(model, kind, lr, momentum=0.937, weight_decay=5e-4, part=None
 
     References
     ----------
-    Sutskever et al. 2013 (Nesterov momentum). Loshchilov and Hutter 2019 (AdamW).
+    Sutskever et al. 2013 (Nesterov momentum). Kingma and Ba 2015 (Adam). Loshchilov and Hutter
+    2019 (AdamW).
     """
     groups = param_groups(model, lr, weight_decay, part, factor)
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, fused=True)
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=True)
-    raise ValueError(f"optimizer: must be sgd or adamw, got '{kind}'")
+    adams = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if kind in adams:
+        return adams[kind](groups, lr=lr, betas=(momentum, 0.999), fused=True)
+    raise ValueError(f"optimizer: must be sgd, adam or adamw, got '{kind}'")
 
 # %% ../../nbs/05_training/02_schedules.ipynb #0cbb7f7d
 _KINDS = ("cosine", "constant", "step", "restarts")
