@@ -123,7 +123,8 @@ def keep_memory(share=0.5):
     """Let this process keep the memory that it frees, in huge pages.
 
     Address space is reserved at the top of the heap and marked for huge pages; memory is used when
-    a tensor is made there, and by the next one again. Calling it twice changes nothing more.
+    a tensor is made there, and by the next one again. A second call reserves what has been used
+    since.
 
     Parameters
     ----------
