@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import uuid
 from pathlib import Path
@@ -172,25 +173,29 @@ def draw_imports():
     height = {package: i for i, package in enumerate(packages)}
     assert all(height[a] > height[b] for a, b in edges), "an import runs down"
     graph = nx.DiGraph((imported, importing) for importing, imported in edges)
-    fig, ax = plt.subplots(figsize=(8.4, 0.62 * len(packages)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, 0.72 * len(packages)), layout="constrained")
+    wide = 9.6
     style = dict(boxstyle="round,pad=0.02,rounding_size=.06", fc="#f2f2f2", ec="black", lw=0.9)
     for package, y in height.items():
-        ax.add_patch(FancyBboxPatch((0, y - 0.24), 5.4, 0.48, **style))
+        ax.add_patch(FancyBboxPatch((0, y - 0.3), wide, 0.6, **style))
         ax.text(0.1, y, package, va="center", weight="bold", size=11)
-        ax.text(1.25, y, "   ".join(packages[package]), va="center", size=8.5)
+        names = textwrap.fill("   ".join(packages[package]), 88)
+        ax.text(1.75, y, names, va="center", size=8.5)
     long_arrows = 0
-    for low, high in sorted(nx.transitive_reduction(graph).edges, key=lambda e: height[e[1]]):
+    for low, high in sorted(
+        nx.transitive_reduction(graph).edges, key=lambda e: (height[e[1]], height[e[0]])
+    ):
         span = height[high] - height[low]
-        start, end, curve = (2.7, height[low] + 0.27), (2.7, height[high] - 0.27), 0
+        start, end, curve = (wide / 2, height[low] + 0.33), (wide / 2, height[high] - 0.33), 0
         if span > 1:  # past the boxes between, left and right in turn
             right = long_arrows % 2
             long_arrows += 1
-            x = 5.43 if right else -0.03
+            x = wide + 0.03 if right else -0.03
             start, end = (x, height[low] + 0.1), (x, height[high] - 0.1)
             curve = (1 if right else -1) * 0.5 / span**0.5
         arrow = dict(arrowstyle="-|>", color="black", lw=1, connectionstyle=f"arc3,rad={curve}")
         ax.annotate("", end, start, arrowprops=arrow)
-    ax.set(xlim=(-1, 6.4), ylim=(-0.4, len(packages) - 0.5))
+    ax.set(xlim=(-1, wide + 1), ylim=(-0.4, len(packages) - 0.5))
     title = "Imports run upward; arrows that follow from others are left out"
     ax.set_title(title, size=10, loc="left")
     ax.axis("off")
