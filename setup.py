@@ -8,10 +8,10 @@ here = Path(__file__).parent
 cfg = ConfigParser(delimiters=["="])
 cfg.read(here / "settings.ini", encoding="utf8")
 cfg = cfg["DEFAULT"]
-names = ("dev", "docs", "onnx", "timm", "pretrained")
+names = ("dev", "docs", "onnx", "timm", "pretrained", "ray")
 extras = {name: cfg[f"{name}_requirements"].split() for name in names}
-# the tests build the site and the ONNX file, and train a pretrained backbone
-extras["dev"] += extras["docs"] + extras["onnx"] + extras["pretrained"]
+# the tests build the site and the ONNX file, train a pretrained backbone, and start a cluster
+extras["dev"] += extras["docs"] + extras["onnx"] + extras["pretrained"] + extras["ray"]
 
 readme = (here / "README.md").read_text(encoding="utf8")
 blob = (

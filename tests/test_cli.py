@@ -213,7 +213,7 @@ BAD = {
     "study --heads 3": (
         "--heads 3: study makes the head file itself; the number of heads is --num-heads 3"
     ),
-    "study --heads two.yaml": "the number of heads is --num-heads N",
+    "study --heads two.yaml": "one of yours is an arm, --arms two.yaml",
     "study heads=3": "the number of heads is --num-heads 3",
     "options epohcs": "epohcs: in no config key; did you mean 'epochs'?",
     "options lr=1": "'lr' changes nothing here; allowed: no config keys",

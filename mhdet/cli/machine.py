@@ -85,14 +85,14 @@ def memory_needs(cfg, nc=80):
     Parameters
     ----------
     cfg : Config
-        `imgsz`, `trunk`, `width` and the loss matter.
+        `imgsz`, `trunk`, `width`, `optimizer` and the loss matter.
     nc : int
         Number of classes.
 
     Returns
     -------
     (int, int)
-        Bytes for weights, gradients, momentum and average; bytes per image.
+        Bytes for weights, gradients, averages of the optimiser and of the weights; bytes per image.
     """
     import torch
 
@@ -116,7 +116,8 @@ def memory_needs(cfg, nc=80):
         loss = make_loss(cfg, model)(model(x), target)
     weights = sum(p.nbytes for p in model.parameters())
     del loss  # until here it holds what was kept
-    return 4 * weights, sum(kept.values()) - weights
+    copies = 5 if cfg.training.optimizer == "adamw" else 4  # it has two averages
+    return copies * weights, sum(kept.values()) - weights
 
 
 def batch_table(batch, free, weights, per_image):

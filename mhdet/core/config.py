@@ -189,7 +189,7 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     lrf: Annotated[_Amount, _about("share of `lr` that is left at the end", "share")] = 0.01
     backbone_lr: Annotated[_Amount, _about("factor on the learning rate of the backbone")] = 1.0
     momentum: Annotated[_Part, _about("momentum of SGD, beta1 of AdamW")] = 0.937
-    weight_decay: Annotated[_Amount, _about("weight decay per step")] = 5e-4
+    weight_decay: Annotated[_Amount, _about("weight decay per step; with adamw usually .05")] = 5e-4
     nominal_batch: Annotated[
         _Count, _about("smaller batches are accumulated to so many images", "images")
     ] = 16

@@ -15,8 +15,8 @@ from ..core.config import GROUP, key_name, load_config
 from ..core.files import read_table, read_yaml
 from ..core.runs import JsonLog, check_run_name, find_run, new_run, note_run
 from .checks import class_difference, write_images
-from .models import _imported, _is_file, import_run, load_run
-from .sweep import _named_rows, _read_sweep
+from .models import import_run, imported_model, is_weight_file, load_run
+from .sweep import named_rows, read_sweep
 from ..model.weight_files import read_checkpoint
 from ..model.weights import file_width
 from ..partition.evidence import confused_pairs
@@ -167,14 +167,14 @@ def read_arms(file):
     ValueError
         Not such a file, an unknown key, two arms of one name, seeds.
     """
-    spec = _read_sweep(file, {})
+    spec = read_sweep(file, {})
     if "seeds" in read_yaml(file):
         raise ValueError(f"{file}: 'seeds' changes nothing in a study; give --seeds N")
     common = {}
     for source in [*(read_yaml(Path(file).parent / config) for config in spec.config), spec.base]:
         common |= _known(source, file)
     rows = {}
-    for name, keys in _named_rows(spec):
+    for name, keys in named_rows(spec):
         if name in rows:
             raise ValueError(f"{file}: two arms would be named {name}")
         if name:  # a file with nothing but `base` has no arms of its own
@@ -304,7 +304,7 @@ _IDLE |= dict.fromkeys(("weights", "transfer", "pretrained"), "--base")
 
 def _inherited(ref, chosen, root):
     "Configuration of a study that starts from one given base."
-    if not _is_file(ref, root):
+    if not is_weight_file(ref, root):
         keys = load_config(find_run(ref, root)[0] / "config.yaml").flat()
         return load_config({k: v for k, v in keys.items() if k not in _OWN + _MACHINE}, chosen)
     if "data" not in chosen:
@@ -378,8 +378,8 @@ def load_base(ref, cfg, names, root="runs"):
     ValueError
         Several heads; other classes; whatever makes a file unreadable.
     """
-    if _is_file(ref, root):
-        model = _imported(ref, read_checkpoint(ref), cfg.override(heads=None), names)
+    if is_weight_file(ref, root):
+        model = imported_model(ref, read_checkpoint(ref), cfg.override(heads=None), names)
     else:
         model = load_run(ref, root)[0]
     difference = class_difference(names, model.head.partition.names)
@@ -421,7 +421,7 @@ def trained_on(ref, data, dev, root="runs"):
     FileNotFoundError
         Neither a run nor a file.
     """
-    if _is_file(ref, root):
+    if is_weight_file(ref, root):
         return []
     folder = find_run(ref, root)[0]
     if load_config(folder / "config.yaml").data.data != data:
@@ -473,7 +473,7 @@ def take_base(ref, cfg, splits, folder, name, root="runs"):
     if (run / "heads.yaml").is_file():
         return run
     model = load_base(ref, cfg, splits["train"].names, root)
-    if _is_file(ref, root):
+    if is_weight_file(ref, root):
         return import_run(ref, cfg.override(run=name, heads=None, transfer="exact"), folder)
     source, state = find_run(ref, root)
 

@@ -35,7 +35,7 @@ from mhdet.experiment.bounds import (
 )
 from .checks import check_splits, choose_num_heads, class_difference, tell
 from .inference import dataset, limits, predict
-from .models import _imported, _is_file, load_run
+from .models import imported_model, is_weight_file, load_run
 from ..model.backbone import count
 from ..model.classes import common_name
 from ..model.detector import Detector, decode, detect
@@ -122,7 +122,7 @@ def detect_split(target, chosen=None, split="val", root="runs", max_images=None)
         No such run, file, data or split; other classes; another architecture; no boxes.
     """
     chosen, model = chosen or {}, None
-    if _is_file(target, root):
+    if is_weight_file(target, root):
         if "data" not in chosen:
             raise ValueError(f"{target}: expected --data D, the data set whose classes it detects")
         cfg = load_config({"imgsz": IMGSZ} | chosen)
@@ -132,7 +132,7 @@ def detect_split(target, chosen=None, split="val", root="runs", max_images=None)
     records = open_data(cfg.data.data, split, cfg.data.dev)[split]
     _check_images(cfg, split, records)
     if model is None:
-        model = _imported(target, read_checkpoint(target), cfg, records.names)
+        model = imported_model(target, read_checkpoint(target), cfg, records.names)
     difference = class_difference(records.names, model.head.partition.names)
     if difference:
         raise ValueError(f"{cfg.data.data}: its classes are not those of {target}: {difference}")

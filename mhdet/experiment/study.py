@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.config import load_config
+from ..core.config import Config, load_config
 from ..core.runs import check_run_name
 from ..data.problems import problem_lines
 from ..data.splits import open_data
@@ -35,6 +35,7 @@ from .inference import dataset, limits, predict
 from .models import load_run, with_precision
 from .run import check_run, train
 from .study_report import verdict, write_report
+from .sweep import check_engine, row_failure, sweep_command, train_rows
 from ..model.surgery import split_heads
 from ..partition.evidence import confused_pairs
 from ..partition.heads import card, load_heads, save_heads
@@ -54,6 +55,22 @@ def _train_or_continue(cfg, splits, folder, name, quiet, told):
         study_name = shlex.quote(cfg.training.run or folder.name)
         raise InterruptedError(f"{stopped}; go on with --resume {study_name}")
     return run
+
+
+def _train_elsewhere(wanted, folder, engine, say):
+    "Train (configuration, name) on an engine, as the rows of a sweep are."
+    rows, default = [], Config().flat()
+    for cfg, name in wanted:
+        choices = {k: v for k, v in cfg.flat().items() if k != "run" and v != default[k]}
+        rows.append(dict(name=name, folder=folder / name, seed=cfg.training.seed, choices=choices))
+    rows = [row for row in rows if sweep_command(row)]
+    for row in train_rows(rows, **engine) if rows else ():
+        say(f"{row['name']}: {row_failure(row) or 'ended'}")
+    failed = [row["name"] for row in rows if sweep_command(row)]
+    if failed:
+        raise RuntimeError(
+            f"{folder}: {', '.join(failed)} not finished; what happened is in {failed[0]}.out"
+        )
 
 
 COMPARED = (
@@ -239,26 +256,33 @@ def _check_study(cfg, seeds, chosen, keys, heads, refs, root, folder, allow_leak
 class _Course:
     "The trainings of one study, in its folder."
 
-    def __init__(self, cfg, data, folder, quiet, told, say):
+    def __init__(self, cfg, data, folder, quiet, told, say, engine):
         self.cfg, self.data, self.folder = cfg, data, folder
-        self.quiet, self.told, self.say = quiet, told, say
+        self.quiet, self.told, self.say, self.engine = quiet, told, say, engine
 
-    def train(self, cfg, name):
-        return _train_or_continue(cfg, self.data, self.folder, name, self.quiet, self.told)
+    def train(self, wanted):
+        "The runs of these (configuration, name), which know nothing of each other."
+        if self.engine:  # all at once; what follows finds them finished
+            _train_elsewhere(wanted, self.folder, self.engine, self.say)
+        runs = []
+        for cfg, name in wanted:
+            how = (self.folder, name, self.quiet, self.told)
+            runs.append(_train_or_continue(cfg, self.data, *how))
+        return runs
 
     def bases(self, seeds, refs, root):
         "The single heads: trained here, one for each seed, or copied from those that are given."
         first = self.cfg.training.seed
         if refs:
             self.say(f"1/4 single head: {', '.join(refs)}")
+            if len(refs) < seeds:
+                self.say(f"all {seeds} seeds start from it: they say nothing about another one")
             names = [f"base-s{first + k}" for k in range(len(refs))]
             given = zip(refs, names, strict=True)
             return [take_base(r, self.cfg, self.data, self.folder, n, root) for r, n in given]
         self.say(f"1/4 single head, {self.cfg.training.epochs} epochs")
-        runs = []
-        for seed in range(first, first + seeds):
-            runs.append(self.train(self.cfg.override(seed=seed, heads=None), f"base-s{seed}"))
-        return runs
+        every = range(first, first + seeds)
+        return self.train([(self.cfg.override(seed=s, heads=None), f"base-s{s}") for s in every])
 
     def partition(self, name, arm, matrix, heads):
         "Head file of an arm, made or copied; None for one head."
@@ -275,17 +299,22 @@ class _Course:
 
     def arms(self, chosen, keys, bases, seeds, matrix, heads):
         "Head files and trained runs of every arm."
-        files, trained, first = {}, {}, self.cfg.training.seed
+        files, wanted, first = {}, {}, self.cfg.training.seed
         starts = bases if len(bases) == seeds else bases * seeds
         for name, arm in chosen.items():
             file = self.partition(name, arm, matrix, heads)
             if file:
                 files[name] = file
-            self.say(f"3/4 arm {name}, {keys['epochs']} epochs more")
-            own, trained[name] = arm_config(self.cfg, name, arm, keys, file), []
+            own, wanted[name] = arm_config(self.cfg, name, arm, keys, file), []
             for seed, base in enumerate(starts, start=first):
                 seeded = own.override(seed=seed, weights=str(base))
-                trained[name].append(self.train(seeded, f"{name}-s{seed}"))
+                wanted[name].append((seeded, f"{name}-s{seed}"))
+        if self.engine:
+            self.train([run for runs in wanted.values() for run in runs])
+        trained = {}
+        for name, runs in wanted.items():
+            self.say(f"3/4 arm {name}, {keys['epochs']} epochs more")
+            trained[name] = self.train(runs)
         return files, trained
 
 
@@ -345,6 +374,7 @@ def study(
     rows=None,
     against="control",
     source="--arms-file",
+    engine=None,
 ):
     """Train a single head, split it, train the arms on, and compare them at matched budget.
 
@@ -378,6 +408,9 @@ def study(
         The arm that the others are compared with.
     source : str
         Where `rows` are from, for messages.
+    engine : dict, optional
+        Where the runs are trained, as for `train_rows`: first the single heads, all at once, then
+        the arms. Without it they are trained here, one after the other.
 
     Returns
     -------
@@ -397,10 +430,13 @@ def study(
         No such base.
     FileExistsError
         The name is that of a run.
+    RuntimeError
+        A run failed elsewhere; names its output.
     InterruptedError
         Stopped by a signal or `max_hours`; says how to continue.
     """
     start, training, refs = time.time(), cfg.training, [str(base) for base in bases]
+    check_engine(**engine or {})
     chosen, keys = arms(wanted, rows, source), arm_keys(cfg, keys or {})
     cfg = cfg.override(extra_epochs=keys["epochs"], extra_lr=keys["lr"])
     if against not in chosen:
@@ -418,10 +454,8 @@ def study(
     say(f"{folder}: {sizes} images, {len(names)} class{'es' if len(names) != 1 else ''}")
     if note:
         say(note)
-    course = _Course(cfg, data, folder, quiet, told, say)
+    course = _Course(cfg, data, folder, quiet, told, say, engine)
     bases = course.bases(seeds, refs, root)
-    if len(bases) < seeds:
-        say(f"all {seeds} seeds start from this one base: they say nothing about another one")
     say("2/4 confusion on dev, partition, exact split")
     matrix = _dev_confusion(cfg, data["dev"], bases, device)
     write_confusion(folder / "confusion.csv", matrix, names)

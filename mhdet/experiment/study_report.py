@@ -241,7 +241,8 @@ def _seed_of(run):
 
 def _runs_of(folder, name):
     "Runs of a part of a study, by seed."
-    return sorted(folder.glob(f"{name}-s*"), key=_seed_of)
+    runs = [path for path in folder.glob(f"{name}-s*") if path.is_dir()]
+    return sorted(runs, key=_seed_of)
 
 
 def _figures(folder, result):
