@@ -16,6 +16,7 @@ from mhdet.core.config import load_config
 from mhdet.core.runs import JsonLog
 from mhdet.data.splits import open_data
 from mhdet.experiment.models import load_run
+from mhdet.experiment.study import study
 from mhdet.model.weight_files import Checkpoint, to_foreign, write_tensors
 from mhdet.partition.heads import Partition, save_heads
 
@@ -174,6 +175,13 @@ def test_the_sweeps_of_the_source(here, sweep, against):
     if sweep == "ladder":
         rates = [row["lr"] for row in JsonLog("runs/ladder/ladder-s0/log.jsonl").rows()]
         assert len(rates) == 8 and rates[0] > rates[2] > rates[-1]
+
+
+def test_a_run_that_fails_in_a_process_of_its_own_names_its_output(here):
+    cfg = load_config(*TINY.split(), "epochs=1", "lr=1e30", "restarts=0", "run=bad")
+    with pytest.raises(RuntimeError, match="base-s0 not finished; what happened is in base-s0.out"):
+        study(cfg, engine=dict(engine="local"), say=lambda line: None)
+    assert "not finite" in Path("runs/bad/base-s0.out").read_text()
 
 
 REFUSED = {

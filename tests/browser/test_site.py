@@ -1,8 +1,12 @@
-"""The site as a visitor meets it: links, scripts, widgets, mathematics, search."""
+"""The site as a visitor meets it: links, scripts, widgets, mathematics, search.
+
+Building it takes minutes: MHDET_ALL=1 asks for it.
+"""
 
 import functools
 import http.server
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +28,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "The site, built once."
+    if os.environ.get("MHDET_ALL") != "1":
+        pytest.skip("building the whole site takes minutes: MHDET_ALL=1 asks for it")
     for module in ("myst_nb", "sphinx_book_theme"):
         if not importlib.util.find_spec(module):
             pytest.skip(f"{module} is not installed (pip install -e '.[docs]')")
