@@ -1,9 +1,15 @@
 """Training in bf16: who decides, what is kept, what stays fp32; and the figures on accuracy.
 
 `python tests/test_precision.py NAME=FOLDER...` evaluates the runs of a sweep over `precision` on
-val and writes `data/results/precision.csv`, e.g. `toy=runs/precision-toy`.
+val and writes `data/results/precision.csv`, e.g. `toy=runs/precision-toy`. Do it where they were
+trained: the column `bf16` is of this processor.
+
+A processor without instructions for bf16 takes eight times as long. `python tests/test_precision.py
+rounded train WORDS...` is `mhdet train WORDS...` with what these instructions compute: operands and
+results rounded to bf16, products summed in fp32.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +17,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.overrides import TorchFunctionMode
 
+from mhdet.cli.commands import app
 from mhdet.core.config import load_config
 from mhdet.core.files import write_atomic
 from mhdet.core.runs import JsonLog
@@ -24,6 +33,7 @@ from mhdet.experiment.run import train
 from mhdet.experiment.study import _same_precision
 from mhdet.experiment.sweep import sweep_command, sweep_rows
 from mhdet.model.loss import RoutedLoss
+from mhdet.model.trunks import make_trunk
 from mhdet.training import learner as learning
 from mhdet.training.checkpoint import flatten, load
 from mhdet.training.learner import Callback, StopFit
@@ -56,6 +66,28 @@ def processor(monkeypatch):
 
 def decided(*words):
     return with_precision(load_config(*SMALL, *words)).training.precision
+
+
+def to_bf16(x):
+    "A tensor rounded to bf16 and kept in fp32; its gradient is rounded too."
+    return x.bfloat16().float()
+
+
+class Rounded(TorchFunctionMode):
+    "What autocast to bf16 computes, in fp32: convolutions of rounded operands, rounded results."
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        if name == "conv2d":
+            args = [to_bf16(arg) if torch.is_tensor(arg) else arg for arg in args]
+        result = function(*args, **(kwargs or {}))
+        changes = ("conv2d", "batch_norm", "leaky_relu", "leaky_relu_", "silu", "silu_")
+        return to_bf16(result) if name in changes else result
+
+
+def rounded_autocast(accelerator):
+    "In place of `Accelerator.autocast`."
+    return Rounded() if accelerator.mixed_precision == "bf16" else contextlib.nullcontext()
 
 
 def stored(run):
@@ -204,6 +236,19 @@ def test_fp16_needs_cuda(images, tmp_path):
     assert not (tmp_path / "half").exists()
 
 
+def test_rounded_is_bf16():
+    "Maps are nearer to those of autocast than those are to fp32 (often equal)."
+    torch.manual_seed(0)
+    trunk, images, maps = make_trunk(width=0.25).train(), torch.rand(4, 3, 64, 64), {}
+    modes = dict(fp32=contextlib.nullcontext(), rounded=Rounded())
+    modes["bf16"] = torch.autocast("cpu", torch.bfloat16)
+    for name, mode in modes.items():
+        with mode, torch.no_grad():
+            maps[name] = torch.cat([one.float().flatten() for one in trunk(images)])
+    error = {k: (maps[k] - maps["bf16"]).norm() for k in ("fp32", "rounded")}
+    assert error["rounded"] < 0.6 * error["fp32"], error
+
+
 def precision_rows(name, folder):
     """Figures on val of every run in a folder, and the differences bf16 minus fp32.
 
@@ -225,6 +270,7 @@ def precision_rows(name, folder):
         figures = {k: result["coco"][k] for k in ("AP50", "AP")}
         conditions = {k: env[k] for k in ("device", "threads", "commit", "date")}
         conditions |= dict(data=Path(cfg.data.data).name, epochs=training.epochs)
+        conditions["bf16"] = "instructions" if learning.bf16_flags() else "rounded"
         conditions |= dict(width=cfg.network.width, imgsz=cfg.data.imgsz, images=len(val))
         row = dict(name=name, precision=training.precision, seed=training.seed, n=1)
         voc = result["voc"]
@@ -256,7 +302,10 @@ def test_figures_on_accuracy(tmp_path):
     assert (table["low"][4:] <= table["delta"][4:]).all()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["rounded"]:
+    Accelerator.autocast = rounded_autocast
+    app(sys.argv[2:])
+elif __name__ == "__main__":
     found = []
     for word in sys.argv[1:]:
         found += precision_rows(*word.split("=", 1))

@@ -485,7 +485,8 @@ def check_engine(engine="local", jobs=1, per_row=None):
     Raises
     ------
     ValueError
-        Another engine; no job; jobs on Ray, or `per_row` without it.
+        Another engine; no job; jobs on Ray, or `per_row` without it; no processor, or a share
+        below 0.
     """
     if engine not in ENGINES:
         raise ValueError(f"--engine: must be one of {', '.join(ENGINES)}; got '{engine}'")
@@ -497,6 +498,11 @@ def check_engine(engine="local", jobs=1, per_row=None):
         raise ValueError(
             "--cpus-per-row, --gpus-per-row: only with --engine ray; here it is --jobs"
         )
+    cpus, gpus = ((per_row or {}).get(key) for key in ("num_cpus", "num_gpus"))
+    if cpus is not None and not cpus > 0:
+        raise ValueError(f"--cpus-per-row: expected more than 0, got {cpus}")
+    if gpus is not None and not gpus >= 0:
+        raise ValueError(f"--gpus-per-row: expected 0 or more, got {gpus}")
 
 
 @contextmanager
