@@ -29,7 +29,10 @@ NOTEBOOKS = [
     for path in sorted(ROOT.glob("nbs/**/*.ipynb"))
     if ".ipynb_checkpoints" not in path.parts and path.stem != "index"  # the index is README's
 ]
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {}  # by name; `pairs train` stands under the word `pairs`
+for name, found in typer.main.get_command(app).commands.items():
+    below = {f"{name} {k}": v for k, v in getattr(found, "commands", {}).items()}
+    COMMANDS |= below or {name: found}
 # options of other programs that the pages mention: docker, jupyter
 FOREIGN_OPTIONS = {"--shm-size", "--ip", "--bind_all", "--help"}
 GROUP = {row["key"]: row["group"] for row in options()}
@@ -61,11 +64,17 @@ def command_words(line):
     return out
 
 
+def command_and_rest(words):
+    "Name of the command, of one word or two, and the words after it."
+    n = 2 if " ".join(words[:2]) in COMMANDS else 1
+    return " ".join(words[:n]), words[n:]
+
+
 def check_line(words):
     "Parse the words as the command would; nothing is run."
     # a variable may be a number
     plain = [re.sub(r"\$\{?\w+\}?", "1", word) for word in words if word != "$@"]
-    name, *rest = spread_values(plain)
+    name, rest = command_and_rest(spread_values(plain))
     if "--help" in words:
         return
     assert name in COMMANDS, f"no command {name}"
@@ -223,7 +232,8 @@ def wrong_commands(text, source=""):
     out = []
     names = set(re.findall(r"\w+", source))
     for words in inline(text):
-        for name, *rest in filter(None, command_words(re.sub(r"[\"'()]", "", words))):
+        for line in filter(None, command_words(re.sub(r"[\"'()]", "", words))):
+            name, rest = command_and_rest(line)
             if name.startswith("-") or name == "lab":
                 continue
             if name not in COMMANDS:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEVERAL', 'SIGNALS', 'PACKAGE', 'app', 'ROOT', 'KEY_OPTIONS', 'error_line', 'spread_values', 'CommandGroup',
            'run_line', 'config_sources', 'chosen_keys', 'prefixed_keys', 'stdout_to_stderr', 'plain_value',
-           'text_table', 'option', 'share_option', 'check_names', 'command']
+           'text_table', 'option', 'share_option', 'check_names', 'command_group', 'command']
 
 # %% ../../nbs/11_cli/00_grammar.ipynb #e1fc10c6
 import contextlib
@@ -468,7 +468,30 @@ def _show(value, text, as_json):
         typer.echo(text if isinstance(text, str) else text_table(text))
 
 
-def command(uses=None, names=(0, 0), usage="[key=value]...", prefix=None):
+def command_group(name, meaning):
+    """A word under which several commands stand, as in `mhdet pairs train`.
+
+    Parameters
+    ----------
+    name : str
+    meaning : str
+        Its line in `mhdet --help`.
+
+    Returns
+    -------
+    typer.Typer
+        For the argument `group` of `command`.
+    """
+    group = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help=meaning)
+    # in a notebook a cell may be run again: the new definition replaces the old one
+    app.registered_groups[:] = [g for g in app.registered_groups if g.name != name]
+    app.add_typer(group, name=name)
+    return group
+
+
+def command(
+    uses=None, names=(0, 0), usage="[key=value]...", prefix=None, group=None, read=chosen_keys
+):
     """Register a function as a command; its docstring is the help.
 
     Parameters
@@ -482,18 +505,25 @@ def command(uses=None, names=(0, 0), usage="[key=value]...", prefix=None):
     prefix : str, optional
         Words `PREFIXkey=value` are config keys of something else; they are in `chosen` under their
         name with the prefix.
+    group : typer.Typer, optional
+        Of `command_group`; without it the command stands alone.
+    read : function
+        What changes the config, and `uses`, become the keys that were chosen: another function for
+        a command with config keys of its own.
 
     Returns
     -------
     function
         A decorator for `f(names, chosen, **options) -> (value, text[, failed])`; a leading `_` is
-        not part of the command's name.
+        not part of the command's name, and any other is a dash.
     """
 
     def register(f):
         own = list(inspect.signature(f).parameters.values())[2:]
         taken = {p.name for p in own}
         keys = [k for k in KEY_OPTIONS if k not in taken and (uses is None or k in uses.split())]
+        place = app if group is None else group
+        commands = place.registered_commands
 
         @functools.wraps(f)
         def run(ctx, words, config, as_json, debug, **options):
@@ -502,7 +532,7 @@ def command(uses=None, names=(0, 0), usage="[key=value]...", prefix=None):
             named = check_names([w for w in words if w not in settings], *names, usage)
             others = [w for w in settings if prefix and w.startswith(prefix)]
             own_words = [w for w in settings if w not in others]
-            chosen = chosen_keys(config_sources(ctx.obj, own_words, keys), uses)
+            chosen = read(config_sources(ctx.obj, own_words, keys), uses)
             chosen |= prefixed_keys(others, prefix)
             own_options = {k: v for k, v in options.items() if k not in keys}
             with stdout_to_stderr():
@@ -512,10 +542,9 @@ def command(uses=None, names=(0, 0), usage="[key=value]...", prefix=None):
 
         run.__signature__ = _signature(own, keys)
         usage_line = f"[OPTIONS] {usage}".strip()
-        name = f.__name__.strip("_")
-        # in a notebook a cell may be run again: the new definition replaces the old one
-        app.registered_commands[:] = [c for c in app.registered_commands if c.name != name]
-        app.command(name, cls=_Command, options_metavar=usage_line)(run)
+        name = f.__name__.strip("_").replace("_", "-")
+        commands[:] = [c for c in commands if c.name != name]  # a cell that is run again
+        place.command(name, cls=_Command, options_metavar=usage_line)(run)
         return f
 
     return register
