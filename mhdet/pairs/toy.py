@@ -204,7 +204,7 @@ def _toy_scene(rng, frames, people, width, height):
             for around in (0, -width, width):
                 place = 2 * (xs[k] + around), 2 * who[k]["foot"], 2 * who[k]["tall"]
                 _draw_person(draw, *place, who[k]["look"], np.sin(phase[k] + 0.9 * t))
-        image = np.asarray(canvas.reduce(2)) + 5 * np.roll(grain, 7 * t, axis=1)
+        image = np.asarray(canvas.reduce(2)) + 3 * np.roll(grain, 7 * t, axis=1)
         labels = _toy_frame(who, pairs, xs, width, numbers)
         yield Image.fromarray(image.clip(0, 255).astype(np.uint8)), labels
 
