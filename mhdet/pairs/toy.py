@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..core.files import write_atomic
-from .panorama import IMAGES, LABELS, TYPES, Frames, read_panoramas
+from .panorama import IMAGES, LABELS, TYPES, Frames, read_frame, read_panoramas
 
 # %% ../../nbs/08_pairs/01_toy.ipynb #c8b00028
 TOY_SHARES = (0.30, 0.24, 0.18, 0.16, 0.12)  # of groups by type; flatter than real ones
