@@ -332,10 +332,12 @@ def plot_profile(profiles, ax=None):
         gains = [p["errors"][kind]["dAP"] or 0 for kind in kinds]
         bars = ax.bar(x, gains, width, color=shades[i], label=name)
         counts = [_short(p["errors"][kind]["n"]) for kind in kinds]
-        ax.bar_label(bars, counts, fontsize=6, padding=1)
+        upright = 90 if len(profiles) > 2 else 0  # narrow bars
+        ax.bar_label(bars, counts, fontsize=6, padding=1 + upright / 45, rotation=upright)
     for end_of_group in (len(KINDS) - 0.5, len(KINDS) + 1.5):  # six kinds | FP, FN | parts of Cls
         ax.axvline(end_of_group, c="grey", lw=0.8)
     ax.set_xticks(range(len(kinds)), kinds)
+    ax.margins(y=0.15 if len(profiles) > 2 else 0.05)  # room for the counts
     ax.set(ylabel="AP50 gained if repaired")
     if len(profiles) > 1:
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(profiles))
