@@ -440,6 +440,12 @@ class _Command(TyperCommand):
     def collect_usage_pieces(self, ctx):
         return [self.options_metavar]
 
+    def format_epilog(self, ctx, formatter):
+        "Below the options, the config keys of a command that has its own."
+        if rows := self.callback.own_keys():
+            with formatter.section("Keys"):
+                formatter.write_dl(rows)
+
 
 def _signature(own, keys):
     "What typer sees: a command's own options, the keys that are options, what all commands share."
@@ -489,8 +495,18 @@ def command_group(name, meaning):
     return group
 
 
+def _no_keys():
+    "Keys that `mhdet options` lists need no line in the help."
+
+
 def command(
-    uses=None, names=(0, 0), usage="[key=value]...", prefix=None, group=None, read=chosen_keys
+    uses=None,
+    names=(0, 0),
+    usage="[key=value]...",
+    prefix=None,
+    group=None,
+    read=chosen_keys,
+    own_keys=_no_keys,
 ):
     """Register a function as a command; its docstring is the help.
 
@@ -510,6 +526,8 @@ def command(
     read : function
         What changes the config, and `uses`, become the keys that were chosen: another function for
         a command with config keys of its own.
+    own_keys : function
+        Rows `(key, meaning)` of these for the help; called when the help is asked for.
 
     Returns
     -------
@@ -540,7 +558,7 @@ def command(
             _show(value, text, as_json)
             return int(any(failed))
 
-        run.__signature__ = _signature(own, keys)
+        run.__signature__, run.own_keys = _signature(own, keys), own_keys
         usage_line = f"[OPTIONS] {usage}".strip()
         name = f.__name__.strip("_").replace("_", "-")
         commands[:] = [c for c in commands if c.name != name]  # a cell that is run again
