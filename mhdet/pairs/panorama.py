@@ -282,7 +282,7 @@ class Frames:
 
     @property
     def first_person(self):
-        "Where the people of every frame start, int array (F + 1,); frame f has rows f to f + 1."
+        "First person of every frame and, at the end, how many there are: int array (F + 1,)."
         return np.searchsorted(self.person_frame, np.arange(len(self) + 1))
 
     @property

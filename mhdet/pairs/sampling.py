@@ -576,7 +576,8 @@ def evaluation_pairs(frames, *, multiplier=3.0, unit="first", rule="all", seed=0
     frames : Frames
         Of one split.
     multiplier, unit
-        As in `sample_pairs`; the first person of every pair is the one annotated first.
+        As in `sample_pairs`; but the first person of every pair is the one annotated first, unless
+        the source's sample is drawn.
     rule : {"all", "source"}
         Every near pair of the frames that have annotated pairs, inferred ones left out; or the
         sample that the source evaluates on, its inferred pairs among the positives.
@@ -601,7 +602,7 @@ def evaluation_pairs(frames, *, multiplier=3.0, unit="first", rule="all", seed=0
         raise ValueError(f"rule: must be 'all' or 'source', got '{rule}'")
     if rule == "all" and sampling:
         raise ValueError(f"{min(sampling)}: nothing is sampled with rule='all', only with 'source'")
-    annotated = np.sort(frames.pair, 1)
+    annotated = frames.pair if rule == "source" else np.sort(frames.pair, 1)
     lost = ~_near_people(frames, *annotated.T, multiplier, unit)
     missed = _make_pairs(frames, *annotated[lost].T, frames.type[lost])
     has = np.bincount(frames.person_frame[annotated[:, 0]], minlength=len(frames)) > 0
@@ -850,6 +851,7 @@ def plot_pairs(frames, pairs, frame, ax=None, image=True):
             labelled.add(kind)
             ax.plot(start + gap * t + turn, y, line, color=color, lw=1.4, label=label)
     ax.set(xlim=(0, width), ylim=(frames.height, -room), xlabel="px")
+    ax.set_aspect("equal")
     ax.set_yticks([])
     if labelled:
         handles = {line.get_label(): line for line in ax.lines}
@@ -871,16 +873,16 @@ def pairing_speed(frames, seed=0, **options):
     Returns
     -------
     dict
-        `seconds`, `frames_per_s`, `pairs_per_s` (all pairs, before pruning), and the facts of the
-        sample.
+        `seconds` and `cpu_s` (of this process, whatever else the machine does), `pairs_per_s` (all
+        pairs, before pruning, by `seconds`), and the facts of the sample.
 
     Raises
     ------
     ValueError
         An option that is not allowed.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     facts = sample_pairs(frames, seed=seed, **options).facts
-    seconds = time.perf_counter() - start
-    rates = {"frames_per_s": len(frames) / seconds, "pairs_per_s": facts["pairs"] / seconds}
-    return {"seconds": seconds, **rates, **facts}
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
+    rate = facts["pairs"] / seconds
+    return {"seconds": seconds, "cpu_s": cpu_s, "pairs_per_s": rate, **facts}
