@@ -630,9 +630,9 @@ def train_pairs(cfg, frames=None, stages=(1, 2), resume=None, root="runs", quiet
     made = run is None
     run = run or new_run(cfg, root, fill)
     note_run(run, process=this_process(), stopped=None, stages=stages)
-    stopped = "failed"
     try:
         for stage in stages:
+            stopped = "failed"
             stopped = _run_stage(cfg, stage, run, data, root, why, quiet, more)
             if stopped:
                 break
