@@ -153,7 +153,7 @@ def end_to_end(pairs, interaction, kind, missed):
     Returns
     -------
     dict
-        Type -> AP, NaN where there is none of it; `mean` over the others.
+        Type -> AP, NaN for a type that does not occur; `mean` over the others.
 
     Raises
     ------
