@@ -265,7 +265,7 @@ def plot_confusion(probability, label, names, ax=None):
         raise ValueError(f"label: expected 0 to {len(names) - 1}, got {np.unique(label).tolist()}")
     counts = confusion_matrix(label, chosen, labels=range(len(names)))
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    ax = ax or plt.subplots(figsize=(1.2 + 0.75 * len(names), 0.9 + 0.6 * len(names)))[1]
+    ax = ax or plt.subplots(figsize=(2.4 + 0.75 * len(names), 1.4 + 0.5 * len(names)))[1]
     words = [name.replace("_", " ") for name in names]
     text = np.array(
         [

@@ -494,8 +494,7 @@ def write_stage_files(folder, cfg, stage, data, val, net):
         classes = pairs.type if stage == 2 else pairs.interacts.astype(int)
         counts[name] = np.bincount(classes, minlength=len(names))
     if (counts["train, sampled"] == counts["train, balanced"]).all():
-        counts["train"] = counts.pop("train, sampled")
-        del counts["train, balanced"]
+        counts = {"train": counts["train, sampled"], "val": counts["val"]}
     _save_figure(folder / "training_curves.png", plot_curves, rows)
     _save_figure(folder / "confusion_matrix.png", plot_confusion, probability, label, names)
     _save_figure(
