@@ -65,6 +65,7 @@ BEGIN = [
     "nbs/tutorials/colab",
     "docs/backbones",
     "docs/deploy",
+    "docs/pairs",
     "docs/odd_data",
     "docs/troubleshooting",
 ]

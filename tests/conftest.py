@@ -8,6 +8,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fp32():
+    "`precision=auto` is fp32 in every test: the same numbers on a processor with bf16."
+    import torch
+
+    told = getattr(torch.cpu, "get_capabilities", None)
+    torch.cpu.get_capabilities = dict
+    yield
+    if told:
+        torch.cpu.get_capabilities = told
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     "Small layers on a busy machine: threads would wait for each other."

@@ -21,6 +21,7 @@ import mhdet
 from mhdet.cli.commands import app
 from mhdet.cli.grammar import spread_values
 from mhdet.core.config import load_config, options
+from mhdet.pairs.config import load_pairs_config, pairs_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("nbs/*.md"))]
@@ -36,6 +37,7 @@ for name, found in typer.main.get_command(app).commands.items():
 # options of other programs that the pages mention: docker, jupyter
 FOREIGN_OPTIONS = {"--shm-size", "--ip", "--bind_all", "--help"}
 GROUP = {row["key"]: row["group"] for row in options()}
+PAIR_KEYS = {row["key"] for row in pairs_options()}
 # names of nbdev and fastcore, and keys of other people's files
 FOREIGN_NAMES = {"expect_fail", "nbdev_export", "gaussian_noise", "sample_count"}
 PACKAGES = [module.name for module in pkgutil.iter_modules(mhdet.__path__) if module.ispkg]
@@ -82,12 +84,13 @@ def check_line(words):
         return  # the words are JupyterLab's
     with COMMANDS[name].make_context(name, rest) as ctx:
         given = ctx.params
+    read = load_pairs_config if name.startswith("pairs ") else load_config
     for word in given["words"] or ():
         if "=" in word:
-            load_config(word)
+            read(word)
     for key in given.keys() & {"seed", "device"}:
         if given[key]:
-            load_config({key: given[key]})
+            read({key: given[key]})
     if "heads" in given and "num_heads" in given:
         assert not (given["heads"] or "").isdecimal(), "the number of heads is --num-heads"
 
@@ -214,7 +217,7 @@ def wrong_key(word, names=()):
     "What is wrong with a word `key=value`; a value in capitals or with dots stands for any."
     key, _, value = word.partition("=")
     name = key.split(".")[-1]
-    if key in names or word == "key=value":
+    if key in names or key in PAIR_KEYS - {*GROUP} or word == "key=value":
         return ""
     if name not in GROUP:
         return key

@@ -443,6 +443,7 @@ def _save_figure(path, draw, *args):
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
+    plt.close(plt.figure())  # loads the display code, whose settings the context would take back
     with mpl.rc_context():
         theme()
         figure = np.ravel(draw(*args))[0].figure
