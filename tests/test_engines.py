@@ -118,7 +118,7 @@ REFUSED = {
     "--engine ray --jobs 2": "jobs=2: on Ray --cpus-per-row and --gpus-per-row say how many fit",
     "--cpus-per-row 2": "--cpus-per-row, --gpus-per-row: only with --engine ray",
     "--engine ray --cpus-per-row 64": "--cpus-per-row 64: no machine of the cluster has more than",
-    "--engine ray --gpus-per-row -1": "--gpus-per-row -1: no machine of the cluster has more than",
+    "--engine ray --gpus-per-row -1": "--gpus-per-row: expected 0 or more, got -1",
 }
 
 
