@@ -8,6 +8,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items):
+    "Tests marked `slow` run with MHDET_ALL=1 only."
+    if os.environ.get("MHDET_ALL") != "1":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes half a minute: MHDET_ALL=1"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fp32():
     "`precision=auto` is fp32 in every test: the same numbers on a processor with bf16."

@@ -4,7 +4,6 @@ The study is trained twice, on the cluster and without it: MHDET_ALL=1 asks for 
 """
 
 import json
-import os
 import shlex
 import threading
 import time
@@ -82,6 +81,7 @@ def lose_machine(name, killed):
     killed.append(worker.pid)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_one_row_one_restart(here, cluster):
     Path("sweep-r.yaml").write_text(ROWS)
     killed = []
@@ -97,7 +97,7 @@ def test_a_killed_worker_costs_one_row_one_restart(here, cluster):
     assert starts["long"]["reason"].tolist() == ["normal start", "killed or power loss"]
 
 
-@pytest.mark.skipif(os.environ.get("MHDET_ALL") != "1", reason="takes a minute: MHDET_ALL=1")
+@pytest.mark.slow
 def test_a_study_on_a_cluster_equals_the_same_study_without(here, cluster):
     keys = f"{TINY} epochs=1 extra_epochs=1 --seeds 2"
     assert mhdet(f"study near {keys}")[0] == 0

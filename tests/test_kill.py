@@ -1,8 +1,8 @@
 """A training on the built-in images is killed again and again and ends at the same bits.
 
 Also inside its saves. This file is also the program that is killed, and `python
-tests/test_kill.py 30` does it thirty times with 0, 1 and 2 loader workers. The tests take 2
-workers; MHDET_ALL=1 before them takes all three.
+tests/test_kill.py 30` does it thirty times with 0, 1 and 2 loader workers. The test runs with
+MHDET_ALL=1; a training of pairs is killed in every run of the tests (`test_pairs_kill.py`).
 """
 
 import os
@@ -127,7 +127,8 @@ def whole(tmp_path_factory):
     return outcome(root)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2] if os.environ.get("MHDET_ALL") == "1" else [2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_killed_runs_end_at_the_same_bits(tmp_path, whole, workers):
     assert kill_and_finish(tmp_path, workers, 2, random.Random(workers)) == (2, 1)
     assert_same(outcome(tmp_path), whole)

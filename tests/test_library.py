@@ -16,6 +16,12 @@ import mhdet
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list("abcdef")
 TWO = mhdet.Partition([mhdet.Head("x", [0, 2, 4]), mhdet.Head("y", [1, 3, 5])], NAMES)
+
+
+def slow(form):
+    return pytest.param(form, marks=pytest.mark.slow)
+
+
 FORMS = [{}, {"implicit": True}, {"boxes": "shared"}, {"adapter": "cbam"}]
 LOSSES = [{"autobalance": True}, {"assign": "ota", "others": "ignore_iou", "reduce": "head"}]
 
@@ -72,7 +78,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [FORMS[0], *map(slow, FORMS[1:])], ids=str)
 def test_a_detector_is_one_graph(form, fresh_compiler):
     model = own_detector(**form)
     images, _ = batch()
@@ -82,7 +88,7 @@ def test_a_detector_is_one_graph(form, fresh_compiler):
             assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", LOSSES, ids=str)
+@pytest.mark.parametrize("options", [slow(LOSSES[0]), LOSSES[1]], ids=str)
 def test_a_compiled_loss_gives_the_same_numbers(options, fresh_compiler):
     model, loss = own_detector(), mhdet.RoutedLoss(TWO, **options)
     compiled = torch.compile(copy.deepcopy(loss), backend="eager")

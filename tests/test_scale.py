@@ -174,6 +174,7 @@ def test_a_process_that_dies_ends_the_other(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_one_process_meets_all_obey(tmp_path):
     "A loss of NaN in one process takes both back; SIGTERM to one stops both in good order."
     child = start(tmp_path, 2, "run=run", "norm_layer=gn", "epochs=40", pause=0.02, spoil="yes")

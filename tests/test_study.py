@@ -147,10 +147,14 @@ def test_short_forms_and_arm_keys_are_one_thing(here):
     assert "`epochs=1 lr=0.01`" in Path("runs/long/report.md").read_text()
 
 
-SWEEPS = {"strategy-a": "background", "freeze": "free", "ladder": "ladder"}
+SWEEPS = [
+    ("strategy-a", "background"),
+    ("freeze", "free"),
+    pytest.param("ladder", "ladder", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("sweep, against", SWEEPS.items())
+@pytest.mark.parametrize("sweep, against", SWEEPS)
 def test_the_sweeps_of_the_source(here, sweep, against):
     file = DATA / f"sweep-{sweep}.yaml"
     epochs = "" if sweep == "ladder" else "extra_epochs=1"

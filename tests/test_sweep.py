@@ -62,6 +62,7 @@ def epochs(name):
     return [r["epoch"] for r in JsonLog(f"runs/{name}/log.jsonl").rows()]
 
 
+@pytest.mark.slow
 def test_killed_then_interrupted_then_finished(here):
     "As by a power cut; then by Ctrl-C; the third call ends it and leaves finished runs alone."
     Path("sweep-a.yaml").write_text(BASE % 400 + "rows: {short: {epochs: 1}, long: {}}")
