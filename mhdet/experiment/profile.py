@@ -160,6 +160,7 @@ class StepClock(Callback):
         self.facts["device"] = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         mixed = accelerator.mixed_precision
         self.facts["precision"] = "fp32" if mixed == "no" else mixed
+        self.facts["threads"] = torch.get_num_threads()
         learner.callbacks = [_FirstHook(self), *learner.callbacks]
         learner.prepare = self.between(learner.prepare, None, "transfer")
         learner.loss = self.between(learner.loss, "forward", "loss")
@@ -392,7 +393,6 @@ def profile(cfg, steps=40, root="runs", told=None):
         "steps": len(seconds),
         **clock.facts,
         "images_per_s": 1e3 * clock.facts["images"] / stopwatch_ms,
-        "threads": torch.get_num_threads(),
         "device_busy": busy,
         "busy_by": busy_by,
     }

@@ -64,6 +64,7 @@ from mhdet.training.learner import (
     accumulation,
     bf16_flags,
     make_accelerator,
+    suitable_threads,
 )
 from ..training.loggers import Progress, Track
 from ..training.schedules import EMA, FreezeStages, MultiScale, make_optimizer, stages
@@ -316,7 +317,9 @@ def _fit(cfg, run, learner, images, problems, asked, why="normal start"):
     note(process=this_process(), stopped=None, precision=precision, data_problems=problems, **place)
     stopped = "failed"
     try:
-        stopped = learner.fit(cfg.training.epochs).stopped
+        with suitable_threads(learner.model, cfg.data.batch * cfg.data.imgsz**2) as threads:
+            note(threads=threads)
+            stopped = learner.fit(cfg.training.epochs).stopped
     except (NonFinite, OutOfMemory) as error:  # the last row: nothing was loaded any more
         write_restart(run, learner, error.epoch, ("", ""), error)
         raise

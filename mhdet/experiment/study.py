@@ -9,9 +9,12 @@ __all__ = ['COMPARED', 'study']
 import json
 import shlex
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm.std import tqdm
 
 from ..core.config import Config, load_config
 from ..core.runs import check_run_name
@@ -43,6 +46,18 @@ from ..training.checkpoint import read_meta
 from ..training.learner import _check_device, make_accelerator
 
 # %% ../../nbs/06_experiment/12_study.ipynb #ebaca75d
+def _stop(cfg, folder, why):
+    "Say how a study that was stopped goes on."
+    raise InterruptedError(
+        f"{why}; go on with --resume {shlex.quote(cfg.training.run or folder.name)}"
+    )
+
+
+def _stopped(run):
+    "Why a run was stopped before its last epoch; None where it was not."
+    return json.loads((run / "env.json").read_text())["stopped"]
+
+
 def _train_or_continue(cfg, splits, folder, name, quiet, told):
     "Train a run of the study, continue it, or leave it as it is when it is finished."
     run = folder / name
@@ -50,27 +65,48 @@ def _train_or_continue(cfg, splits, folder, name, quiet, told):
         return run
     resume = run if (run / "heads.yaml").is_file() else None
     run = train(cfg.override(run=name), splits, resume, folder, quiet, told=told)
-    stopped = json.loads((run / "env.json").read_text())["stopped"]
-    if stopped:
-        study_name = shlex.quote(cfg.training.run or folder.name)
-        raise InterruptedError(f"{stopped}; go on with --resume {study_name}")
+    if _stopped(run):
+        _stop(cfg, folder, _stopped(run))
     return run
 
 
-def _train_elsewhere(wanted, folder, engine, say):
-    "Train (configuration, name) on an engine, as the rows of a sweep are."
+def _as_rows(wanted, folder):
+    "(Configuration, name) as the rows of a sweep, without those that are finished."
     rows, default = [], Config().flat()
     for cfg, name in wanted:
         choices = {k: v for k, v in cfg.flat().items() if k != "run" and v != default[k]}
         rows.append(dict(name=name, folder=folder / name, seed=cfg.training.seed, choices=choices))
-    rows = [row for row in rows if sweep_command(row)]
-    for row in train_rows(rows, **engine) if rows else ():
-        say(f"{row['name']}: {row_failure(row) or 'ended'}")
-    failed = [row["name"] for row in rows if sweep_command(row)]
+    return [row for row in rows if sweep_command(row)]
+
+
+def _epochs_done(rows):
+    "Epochs that rows have finished so far, one line of their logs each."
+    logs = (row["folder"] / "log.csv" for row in rows)
+    return sum(max(0, len(log.read_bytes().splitlines()) - 1) for log in logs if log.is_file())
+
+
+def _train_elsewhere(cfg, rows, folder, engine, say, quiet):
+    "Train rows in processes of their own, with one bar for all of them."
+    epochs = sum(row["choices"].get("epochs", Config().training.epochs) for row in rows)
+    with tqdm(total=epochs, unit="epoch", leave=False, disable=quiet or None) as bar:
+
+        def tick():
+            bar.update(_epochs_done(rows) - bar.n)
+
+        try:
+            for row in train_rows(rows, **engine, tick=tick):
+                bar.clear()
+                say(f"{row['name']}: {row_failure(row) or 'ended'}")
+        except InterruptedError as e:
+            _stop(cfg, folder, str(e).split(";")[0])
+    left = [row for row in rows if sweep_command(row)]
+    failed = [row["name"] for row in left if row_failure(row)]
     if failed:
         raise RuntimeError(
             f"{folder}: {', '.join(failed)} not finished; what happened is in {failed[0]}.out"
         )
+    if left:
+        _stop(cfg, folder, _stopped(left[0]["folder"]))
 
 
 COMPARED = (
@@ -256,14 +292,28 @@ def _check_study(cfg, seeds, chosen, keys, heads, refs, root, folder, allow_leak
 class _Course:
     "The trainings of one study, in its folder."
 
-    def __init__(self, cfg, data, folder, quiet, told, say, engine):
+    def __init__(self, cfg, data, folder, quiet, told, say, engine, device):
         self.cfg, self.data, self.folder = cfg, data, folder
-        self.quiet, self.told, self.say, self.engine = quiet, told, say, engine
+        self.quiet, self.told, self.say = quiet, told, say
+        self.engine, self.device = engine, device
+
+    def jobs(self, wanted):
+        """How many runs are trained side by side where no engine was asked for.
+
+        A small network leaves cores idle: two processes with half the threads each train more
+        images a second than one with all. A process takes seconds to begin, which must be worth it.
+        """
+        images = sum(len(self.data["train"]) * cfg.training.epochs for cfg, _ in wanted)
+        worth_it = images >= 4000 and self.device.type == "cpu"
+        return min(2, len(wanted), torch.get_num_threads()) if worth_it else 1
 
     def train(self, wanted):
         "The runs of these (configuration, name), which know nothing of each other."
-        if self.engine:  # all at once; what follows finds them finished
-            _train_elsewhere(wanted, self.folder, self.engine, self.say)
+        rows = _as_rows(wanted, self.folder)
+        engine = self.engine or {"jobs": self.jobs(wanted)}
+        if rows and (self.engine or engine["jobs"] > 1):  # what follows finds them finished
+            how = (self.folder, engine, self.say, self.quiet)
+            _train_elsewhere(self.cfg, rows, *how)
         runs = []
         for cfg, name in wanted:
             how = (self.folder, name, self.quiet, self.told)
@@ -309,13 +359,9 @@ class _Course:
             for seed, base in enumerate(starts, start=first):
                 seeded = own.override(seed=seed, weights=str(base))
                 wanted[name].append((seeded, f"{name}-s{seed}"))
-        if self.engine:
-            self.train([run for runs in wanted.values() for run in runs])
-        trained = {}
-        for name, runs in wanted.items():
-            self.say(f"3/4 arm {name}, {keys['epochs']} epochs more")
-            trained[name] = self.train(runs)
-        return files, trained
+        self.say(f"3/4 arms {', '.join(wanted)}, {keys['epochs']} epochs more")
+        trained = iter(self.train([run for runs in wanted.values() for run in runs]))
+        return files, {name: list(islice(trained, len(runs))) for name, runs in wanted.items()}
 
 
 def _exact_split(cfg, base, base_dt, before, partition, val, device):
@@ -410,7 +456,8 @@ def study(
         Where `rows` are from, for messages.
     engine : dict, optional
         Where the runs are trained, as for `train_rows`: first the single heads, all at once, then
-        the arms. Without it they are trained here, one after the other.
+        the arms. Without it they are trained here, one after the other, or on a CPU two at a time
+        with half the threads each where that is worth the start of a process.
 
     Returns
     -------
@@ -454,7 +501,7 @@ def study(
     say(f"{folder}: {sizes} images, {len(names)} class{'es' if len(names) != 1 else ''}")
     if note:
         say(note)
-    course = _Course(cfg, data, folder, quiet, told, say, engine)
+    course = _Course(cfg, data, folder, quiet, told, say, engine, device)
     bases = course.bases(seeds, refs, root)
     say("2/4 confusion on dev, partition, exact split")
     matrix = _dev_confusion(cfg, data["dev"], bases, device)

@@ -514,7 +514,7 @@ def _opened(name, jobs, per_row, asked):
         engine.close()
 
 
-def train_rows(rows, engine="local", jobs=1, per_row=None):
+def train_rows(rows, engine="local", jobs=1, per_row=None, tick=None):
     """Train rows in processes of their own; a row that was begun goes on.
 
     Parameters
@@ -529,6 +529,8 @@ def train_rows(rows, engine="local", jobs=1, per_row=None):
     per_row : dict, optional
         What Ray reserves for a row: `num_cpus` (default 1, also its threads) and `num_gpus`
         (default 1 where the cluster has GPUs).
+    tick : function, optional
+        Called without arguments about five times a second while rows are trained.
 
     Yields
     ------
@@ -550,6 +552,8 @@ def train_rows(rows, engine="local", jobs=1, per_row=None):
         pending = {place.submit(row): row for row in rows}
         while pending:
             done, _ = wait(pending, 0.2, FIRST_COMPLETED)
+            if tick:
+                tick()
             if asked:
                 place.stop()
             for future in done:

@@ -55,7 +55,7 @@ from mhdet.pairs.scores import (
 )
 from ..training.callbacks import Checkpoint, NaNGuard, Recorder, write_restart
 from ..training.checkpoint import load, read_meta, resume_state, save
-from ..training.learner import Learner, make_accelerator, to_unit
+from ..training.learner import Learner, make_accelerator, suitable_threads, to_unit
 from ..training.loggers import Progress
 from ..training.schedules import Schedule, make_optimizer
 
@@ -531,7 +531,8 @@ def _run_stage(cfg, stage, run, data, root, why, quiet, more):
         write_restart(folder, learner, learner.epoch + 1, ("", cfg.seed), why)
     place = {"device": device_name(learner.device)}
     note_run(run, precision=learner.accelerator.mixed_precision, **place)
-    stopped = learner.fit(epochs).stopped
+    with suitable_threads(net, cfg.batch * cfg.image_size**2):
+        stopped = learner.fit(epochs).stopped
     if stopped:
         return stopped
     meta = {"stage": stage, "config": cfg.flat(), "epoch": learner.epoch, "row": learner.row}
