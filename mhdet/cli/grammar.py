@@ -208,6 +208,19 @@ def config_sources(args, words, options):
     return out
 
 # %% ../../nbs/11_cli/00_grammar.ipynb #bb49fcac
+def _named_keys(sources):
+    "The keys that words, files and dicts name, in order."
+    from mhdet.core.files import read_yaml
+
+    keys = []
+    for source in sources:
+        if isinstance(source, str):
+            keys.append(source.split("=", 1)[0])
+        else:
+            keys += source if isinstance(source, dict) else read_yaml(source)
+    return keys
+
+
 def chosen_keys(sources, uses=None):
     """The config keys that were set, checked; later wins over earlier.
 
@@ -233,15 +246,9 @@ def chosen_keys(sources, uses=None):
     if not sources:
         return {}
     from mhdet.core.config import RETIRED, load_config
-    from mhdet.core.files import read_yaml
 
-    flat, keys = load_config(*sources).flat(), []
-    for source in sources:
-        if isinstance(source, str):
-            keys.append(source.split("=", 1)[0])
-        else:
-            keys += source if isinstance(source, dict) else read_yaml(source)
-    names = [key.split(".")[-1] for key in keys]
+    flat = load_config(*sources).flat()
+    names = [key.split(".")[-1] for key in _named_keys(sources)]
     names = [name for name in names if name not in RETIRED]
     if uses is not None:
         for name in names:

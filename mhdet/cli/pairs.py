@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .grammar import ROOT, command, command_group, option, text_table
+from .grammar import ROOT, _named_keys, command, command_group, option, text_table
 
 # %% ../../nbs/11_cli/07_pairs.ipynb #7a1d0007
 PAIRS = command_group("pairs", "Which two people on a panorama belong together, in two stages.")
@@ -40,16 +40,10 @@ def pair_keys(sources, uses=None):
     """
     if not sources:
         return {}
-    from mhdet.core.files import read_yaml
     from mhdet.pairs.config import load_pairs_config
 
-    flat, keys = load_pairs_config(*sources).flat(), []
-    for source in sources:
-        if isinstance(source, str):
-            keys.append(source.split("=", 1)[0])
-        else:
-            keys += source if isinstance(source, dict) else read_yaml(source)
-    return {key: flat[key] for key in keys}
+    flat = load_pairs_config(*sources).flat()
+    return {key: flat[key] for key in _named_keys(sources)}
 
 
 def pair_key_lines():
@@ -125,18 +119,7 @@ def _stats(names, chosen):
     from mhdet.pairs.sampling import pair_statistics, split_scenes
 
     cfg, frames = _open_panoramas(names[0], chosen, "headers")
-    found = pair_statistics(
-        frames,
-        split_scenes(frames, by=cfg.split),
-        multiplier=cfg.distance_multiplier,
-        unit=cfg.distance_unit,
-        seed=cfg.seed,
-        group_sampling=cfg.use_group_sampling,
-        group_ratio=cfg.max_group_samples_ratio,
-        max_negatives=cfg.max_negatives_per_frame,
-        balance_ratio=cfg.stage1_balance_ratio,
-        exclude=cfg.exclude,
-    )
+    found = pair_statistics(frames, split_scenes(frames, by=cfg.split), **cfg.sampling)
     rows = [
         {"": what} | {split: facts.get(what) for split, facts in found["splits"].items()}
         for what in _SHOWN

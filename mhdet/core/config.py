@@ -383,18 +383,17 @@ def _word_as_yaml(text):
     return text if other_number or _has_comment(text) else value
 
 
-def _parsed_word(name, text, where):
-    """The value of a word `key=value`.
+def _parsed_word(field, text, where):
+    """The value of a word `key=value` for a field.
 
     The text as it stands where the key takes text, otherwise YAML. Nothing, or `null`, is None
     where the key may be None.
     """
-    field = _FIELDS[name]
     if text in ("", "null") and _is_optional(field):
         return None
     if not text or _is_text(field):
         return text
-    return parsed(f"{where}: {name}", "YAML", lambda: _word_as_yaml(text))
+    return parsed(f"{where}: {field.name}", "YAML", lambda: _word_as_yaml(text))
 
 
 def _allowed(kind):
@@ -413,9 +412,9 @@ def _allowed(kind):
     return " and ".join(bounds)
 
 
-def _ranges(name):
-    "What the values of a key may be, in words; empty where any value of the type will do."
-    texts = [_allowed(kind) for kind in _kinds(_FIELDS[name].type)]
+def _ranges(field):
+    "What the values of a field may be, in words; empty where any value of the type will do."
+    texts = [_allowed(kind) for kind in _kinds(field.type)]
     return "; ".join(text for text in texts if text)
 
 
@@ -443,7 +442,7 @@ def _complaint(message, groups, origin):
         return f"{', '.join(dict.fromkeys(origin.values()))}: {wrong}"
     value = _value_at(groups[GROUP[name]][name], path[2:])
     if wrong.startswith("Invalid enum value"):
-        *others, last = [repr(choice) for choice in _ranges(name).split(", ")]
+        *others, last = [repr(choice) for choice in _ranges(_FIELDS[name]).split(", ")]
         wrong = f"must be {', '.join(others)} or {last}, got {_shown(value)}"
     elif isinstance(value, int | float) and "got" not in wrong:
         wrong += f", got {value}"
@@ -490,7 +489,7 @@ def load_config(*sources):
                 continue
             name = _field_name(str(key), where)
             if word:
-                value = _parsed_word(name, value, where)
+                value = _parsed_word(_FIELDS[name], value, where)
             groups[GROUP[name]][name], origin[name] = value, where
     try:
         config = msgspec.convert(groups, Config, strict=False)
@@ -571,7 +570,7 @@ def read_word(word, where="command line"):
     """
     key, _, text = word.partition("=")
     name = _field_name(key, where)
-    return name, _parsed_word(name, text, where)
+    return name, _parsed_word(_FIELDS[name], text, where)
 
 # %% ../../nbs/00_core/01_config.ipynb #2ffb861a
 def options():
@@ -595,7 +594,7 @@ def options():
             "default": default,
             "unit": about.extra["unit"],
             "meaning": about.extra_json_schema["description"],
-            "allowed": _ranges(name),
+            "allowed": _ranges(field),
         }
         rows.append(row)
     return rows

@@ -15,23 +15,20 @@ import yaml
 from msgspec import Meta
 
 from mhdet.core.config import (
-    _allowed,
     _Amount,
     _Count,
     _finite,
-    _is_optional,
-    _is_text,
     _items,
-    _kinds,
+    _parsed_word,
     _Part,
+    _ranges,
     _Seed,
     _Share,
     _shown,
     _Text,
     _Whole,
-    _word_as_yaml,
 )
-from ..core.files import parsed, write_atomic
+from ..core.files import write_atomic
 
 # %% ../../nbs/08_pairs/06_config.ipynb #c8060006
 def _about(meaning, unit="", recommended=""):
@@ -154,6 +151,23 @@ class PairsConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         "Itself: where `new_run` looks for `run` and `seed`."
         return self
 
+    @property
+    def nearness(self):
+        "Which pairs are near: arguments of `evaluation_pairs`."
+        return {"multiplier": self.distance_multiplier, "unit": self.distance_unit}
+
+    @property
+    def sampling(self):
+        "Which pairs are trained on: arguments of `sample_pairs`."
+        return self.nearness | {
+            "group_sampling": self.use_group_sampling,
+            "group_ratio": self.max_group_samples_ratio,
+            "max_negatives": self.max_negatives_per_frame,
+            "balance_ratio": self.stage1_balance_ratio,
+            "exclude": self.exclude,
+            "seed": self.seed,
+        }
+
     def flat(self):
         "All choices in one dict."
         return msgspec.to_builtins(self)
@@ -197,21 +211,6 @@ def _field_name(key, where):
     return key
 
 
-def _word_value(name, text, where):
-    "The value of a word `key=value`, by the rules of the detector's configuration."
-    field = _FIELDS[name]
-    if text in ("", "null") and _is_optional(field):
-        return None
-    if not text or _is_text(field):
-        return text
-    return parsed(f"{where}: {name}", "YAML", lambda: _word_as_yaml(text))
-
-
-def _ranges(name):
-    texts = [_allowed(kind) for kind in _kinds(_FIELDS[name].type)]
-    return "; ".join(text for text in texts if text)
-
-
 def load_pairs_config(*sources, preset=None):
     """Choices of a pair classifier from files, dicts and words, later over earlier.
 
@@ -243,7 +242,7 @@ def load_pairs_config(*sources, preset=None):
         items, where, word = _items(source)
         for key, value in items.items():
             name = _field_name(str(key), where)
-            values[name] = _word_value(name, value, where) if word else value
+            values[name] = _parsed_word(_FIELDS[name], value, where) if word else value
             origin[name] = where
     for name, value in values.items():
         try:
@@ -251,7 +250,7 @@ def load_pairs_config(*sources, preset=None):
         except ValueError as e:
             # without the type that was given: the value says more
             wrong = re.sub(r", got `[^`]+`$", "", str(e).split(" - at")[0])
-            allowed = _ranges(name)
+            allowed = _ranges(_FIELDS[name])
             allowed = f"; allowed: {allowed}" if allowed else ""
             text = f"{origin[name]}: {name}: {wrong}, got {_shown(value)}{allowed}"
             raise ValueError(text) from None
@@ -276,6 +275,6 @@ def pairs_options():
             default = field.default_factory()
         row = {"key": name, "default": default, "unit": about.extra["unit"]}
         row["meaning"] = about.extra_json_schema["description"]
-        row |= {"recommended": about.extra["recommended"], "allowed": _ranges(name)}
+        row |= {"recommended": about.extra["recommended"], "allowed": _ranges(field)}
         rows.append(row)
     return rows

@@ -53,6 +53,17 @@ def circular_distance(a, b, width):
 UNITS = ("first", "min", "max", "mean")
 
 
+def _width_unit(wa, wb, unit):
+    "The width in which the distance of two people is counted, from the widths of both."
+    if unit not in UNITS:
+        raise ValueError(f"unit: must be one of {', '.join(UNITS)}, got '{unit}'")
+    if unit == "first":
+        return wa
+    if unit == "mean":
+        return (wa + wb) / 2
+    return np.minimum(wa, wb) if unit == "min" else np.maximum(wa, wb)
+
+
 def near(boxes_a, boxes_b, width, multiplier=3.0, unit="first"):
     """Whether the people of each pair stand close together.
 
@@ -79,16 +90,8 @@ def near(boxes_a, boxes_b, width, multiplier=3.0, unit="first"):
     """
     a, b = np.asarray(boxes_a, float), np.asarray(boxes_b, float)
     wa, wb = a[..., 2], b[..., 2]
-    if unit not in UNITS:
-        raise ValueError(f"unit: must be one of {', '.join(UNITS)}, got '{unit}'")
-    if unit == "first":
-        side = wa
-    elif unit == "mean":
-        side = (wa + wb) / 2
-    else:
-        side = np.minimum(wa, wb) if unit == "min" else np.maximum(wa, wb)
     distance = circular_distance(a[..., 0] + wa / 2, b[..., 0] + wb / 2, width)
-    return distance <= multiplier * side
+    return distance <= multiplier * _width_unit(wa, wb, unit)
 
 # %% ../../nbs/08_pairs/00_panorama.ipynb #c8a0000e
 GEOMETRY = ("gap", "height ratio", "distance", "overlap", "area ratio", "nearness", "level")

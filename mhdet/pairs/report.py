@@ -208,8 +208,7 @@ def _evaluated(cfg, frames, split, folder):
     if split not in scenes:
         raise ValueError(f"--split: must be one of {', '.join(scenes)}, got '{split}'")
     part = frames.subset(scenes[split]["scenes"])
-    rule = {"multiplier": cfg.distance_multiplier, "unit": cfg.distance_unit}
-    return part, evaluation_pairs(part, **rule)
+    return part, evaluation_pairs(part, **cfg.nearness)
 
 
 def predict_runs(runs, split="val", frames=None, root="runs"):
@@ -470,8 +469,25 @@ def _markdown(table):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 # %% ../../nbs/08_pairs/08_report.ipynb #c808001b
+def _step_ms(cfg, crops, repeats=3):
+    "Time of a training step of stage 1 per pair, ms: forward, loss and backward."
+    from mhdet.pairs.classifier import PairLoss
+    from mhdet.pairs.crops import pair_loader
+    from mhdet.pairs.training import _prepare, build_net
+    from mhdet.training.learner import suitable_threads
+
+    net, loss = build_net(cfg.override(pretrained="none")), PairLoss(1)
+    batch, targets, *_ = next(iter(pair_loader(crops, cfg.batch, shuffle=False)))
+    with suitable_threads(net, cfg.batch * cfg.image_size**2):
+        for step in range(repeats + 1):  # the first is for warming up
+            if step == 1:
+                start = time.perf_counter()
+            loss(net(_prepare(batch)), targets)["loss"].backward()
+    return 1000 * (time.perf_counter() - start) / repeats / len(targets)
+
+
 def epoch_costs(cfg, frames, samples=64):
-    """Time to load an epoch, step by step: all pairs, pruned, sampled, from the cache.
+    """Time of an epoch of stage 1, with one saving after the other.
 
     Parameters
     ----------
@@ -484,8 +500,9 @@ def epoch_costs(cfg, frames, samples=64):
     Returns
     -------
     DataFrame
-        Rows `all pairs`, `pruned`, `sampled`, `cached`; columns `pairs`, `ms per pair`, `s per
-        epoch`, `times faster` than the row before.
+        Rows `all pairs`, `pruned`, `sampled`, `cached`; columns `pairs`, `load` and `train`, ms per
+        pair; `load s` and `epoch s` of an epoch, without and with training; and how many times
+        less they are than in the row before.
 
     Raises
     ------
@@ -494,18 +511,8 @@ def epoch_costs(cfg, frames, samples=64):
     """
     from mhdet.pairs.training import make_crops
 
-    rule = {"multiplier": cfg.distance_multiplier, "unit": cfg.distance_unit}
-    near = evaluation_pairs(frames, **rule).facts["near"]
-    sampled = sample_pairs(
-        frames,
-        **rule,
-        group_sampling=cfg.use_group_sampling,
-        group_ratio=cfg.max_group_samples_ratio,
-        max_negatives=cfg.max_negatives_per_frame,
-        balance_ratio=cfg.stage1_balance_ratio,
-        exclude=cfg.exclude,
-        seed=cfg.seed,
-    )
+    near = evaluation_pairs(frames, **cfg.nearness).facts["near"]
+    sampled = sample_pairs(frames, **cfg.sampling)
     if not len(sampled):
         raise ValueError("expected frames with pairs that interact, got none")
     spread = np.linspace(0, len(sampled) - 1, min(samples, len(sampled))).astype(int)
@@ -516,14 +523,17 @@ def epoch_costs(cfg, frames, samples=64):
         for i in range(len(crops)):
             crops[i]
         ms[cache] = 1000 * (time.perf_counter() - start) / len(crops)
-    steps = {
-        "all pairs": (pair_count(frames), ms["none"]),
-        "pruned": (near, ms["none"]),
-        "sampled": (len(sampled), ms["none"]),
-        "cached": (len(sampled), ms["ram"]),
-    }
-    table = pd.DataFrame(steps, ["pairs", "ms per pair"]).T
-    table["s per epoch"] = table["pairs"] * table["ms per pair"] / 1000
-    seconds = table["s per epoch"]
-    table["times faster"] = seconds.shift() / seconds
+    table = pd.DataFrame(
+        {
+            "pairs": [pair_count(frames), near, len(sampled), len(sampled)],
+            "load": [ms["none"], ms["none"], ms["none"], ms["ram"]],
+            "train": _step_ms(cfg, crops),
+        },
+        ["all pairs", "pruned", "sampled", "cached"],
+    )
+    table["load s"] = table["pairs"] * table["load"] / 1000
+    table["epoch s"] = table["pairs"] * (table["load"] + table["train"]) / 1000
+    for part in ("load", "epoch"):
+        seconds = table[f"{part} s"]
+        table[f"{part} gain"] = seconds.shift() / seconds
     return table

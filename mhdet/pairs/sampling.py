@@ -16,7 +16,15 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .panorama import TYPES, UNITS, Frames, circular_distance, near, read_frame
+from mhdet.pairs.panorama import (
+    TYPES,
+    UNITS,
+    Frames,
+    _width_unit,
+    circular_distance,
+    near,
+    read_frame,
+)
 
 # %% ../../nbs/08_pairs/02_sampling.ipynb #8250692d
 _BLOCK = 500_000  # pairs that are looked at together
@@ -64,12 +72,7 @@ def _near_blocks(frames, multiplier, unit, size=_BLOCK):
     for rows in _blocks(frames.person_frame, size):
         a, b = _pairs_of(frames.person_frame[rows])
         w, x = wide[rows], centre[rows]
-        if unit == "first":
-            side = w[a]
-        elif unit == "mean":
-            side = (w[a] + w[b]) / 2
-        else:
-            side = (np.minimum if unit == "min" else np.maximum)(w[a], w[b])
+        side = _width_unit(w[a], w[b], unit)
         kept = np.flatnonzero(circular_distance(x[a], x[b], frames.width) <= multiplier * side)
         yield a[kept] + rows.start, b[kept] + rows.start
 

@@ -116,20 +116,10 @@ def pair_data(cfg, frames=None):
     present = [frames.scenes[k] for k in np.unique(frames.frame_scene)]
     splits = check_splits(split_scenes(present, by=cfg.split), by=cfg.split)
     parts = {name: frames.subset(scenes) for name, scenes in splits.items()}
-    rule = {"multiplier": cfg.distance_multiplier, "unit": cfg.distance_unit}
-    train = sample_pairs(
-        parts["train"],
-        **rule,
-        group_sampling=cfg.use_group_sampling,
-        group_ratio=cfg.max_group_samples_ratio,
-        max_negatives=cfg.max_negatives_per_frame,
-        balance_ratio=cfg.stage1_balance_ratio,
-        exclude=cfg.exclude,
-        seed=cfg.seed,
-    )
+    train = sample_pairs(parts["train"], **cfg.sampling)
     pairs = {"train": balance_stage1(train, cfg.stage1_balance_ratio, cfg.seed)}
     for name in ("val", "test"):
-        pairs[name] = evaluation_pairs(parts[name], **rule)
+        pairs[name] = evaluation_pairs(parts[name], **cfg.nearness)
     for name in ("train", "val"):
         if not pairs[name].interacts.any() or (name == "train" and pairs[name].interacts.all()):
             raise ValueError(
