@@ -188,6 +188,30 @@ def test_a_run_that_fails_in_a_process_of_its_own_names_its_output(here):
     assert "not finite" in Path("runs/bad/base-s0.out").read_text()
 
 
+@pytest.mark.slow
+def test_two_runs_at_a_time_give_the_figures_of_one_after_the_other(here, monkeypatch):
+    cfg, figures = load_config(*TINY.split(), "epochs=1", "extra_epochs=1"), []
+    for jobs in (1, 2):
+        monkeypatch.setattr("mhdet.experiment.study._side_by_side", lambda *args, n=jobs: n)
+        made = study(cfg.override(run=f"jobs{jobs}"), seeds=2, quiet=True, say=lambda line: None)
+        figures.append(
+            [{k: row[k] for k in ("name", "AP50", "delta", "p")} for row in made["arms"]]
+        )
+    assert Path("runs/jobs2/base-s1.out").is_file() and not Path("runs/jobs1/base-s1.out").exists()
+    assert figures[0] == figures[1]
+
+
+def test_runs_elsewhere_that_are_interrupted_go_on_with_resume(here, monkeypatch):
+    def interrupted(rows, **engine):
+        raise InterruptedError("SIGINT; what was trained is saved, the same command goes on")
+        yield
+
+    monkeypatch.setattr("mhdet.experiment.study.train_rows", interrupted)
+    cfg = load_config(*TINY.split(), "epochs=1", "run=cut")
+    with pytest.raises(InterruptedError, match="^SIGINT; go on with --resume cut$"):
+        study(cfg, engine=dict(engine="local"), say=lambda line: None)
+
+
 REFUSED = {
     "study new --base absent": "absent: no run there",
     "study new --base two": "--base two: has 2 heads; expected one",

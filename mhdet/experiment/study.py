@@ -289,6 +289,16 @@ def _check_study(cfg, seeds, chosen, keys, heads, refs, root, folder, allow_leak
     return data, heads, note, found, [*notes, *found]
 
 # %% ../../nbs/06_experiment/12_study.ipynb #5cab4f04
+def _side_by_side(runs, images, device):
+    """How many of some independent runs are trained at a time where no engine was asked for.
+
+    Two processes with half the threads each train more images a second than one with all. But a
+    process takes seconds to begin: so many `images`, over all epochs, must be worth it.
+    """
+    worth_it = images >= 4000 and device.type == "cpu"
+    return min(2, runs, torch.get_num_threads()) if worth_it else 1
+
+
 class _Course:
     "The trainings of one study, in its folder."
 
@@ -297,20 +307,11 @@ class _Course:
         self.quiet, self.told, self.say = quiet, told, say
         self.engine, self.device = engine, device
 
-    def jobs(self, wanted):
-        """How many runs are trained side by side where no engine was asked for.
-
-        A small network leaves cores idle: two processes with half the threads each train more
-        images a second than one with all. A process takes seconds to begin, which must be worth it.
-        """
-        images = sum(len(self.data["train"]) * cfg.training.epochs for cfg, _ in wanted)
-        worth_it = images >= 4000 and self.device.type == "cpu"
-        return min(2, len(wanted), torch.get_num_threads()) if worth_it else 1
-
     def train(self, wanted):
         "The runs of these (configuration, name), which know nothing of each other."
         rows = _as_rows(wanted, self.folder)
-        engine = self.engine or {"jobs": self.jobs(wanted)}
+        images = sum(len(self.data["train"]) * cfg.training.epochs for cfg, _ in wanted)
+        engine = self.engine or {"jobs": _side_by_side(len(wanted), images, self.device)}
         if rows and (self.engine or engine["jobs"] > 1):  # what follows finds them finished
             how = (self.folder, engine, self.say, self.quiet)
             _train_elsewhere(self.cfg, rows, *how)
