@@ -109,6 +109,10 @@ class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = "none"
     implicit: Annotated[bool, _about("learned vectors of YOLOv7's detect layer")] = False
     norm_layer: Annotated[Literal["bn", "gn"], _about("batch or group normalisation")] = "bn"
+    three_scale: Annotated[
+        dict[str, float | bool | str] | None,
+        _about("a `ThreeScale` in place of heads: `{}`, or its options; null: heads"),
+    ] = None
     weights: Annotated[str | None, _about("a run or a weight file to start from")] = None
     transfer: Annotated[
         Literal["exact", "intersect", "classes", "none"],
@@ -229,6 +233,9 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     multi_scale: Annotated[
         tuple[int, int] | None, _about("smallest and largest side during training", "px")
     ] = None
+    close_multi_scale: Annotated[
+        _Whole, _about("last epochs in which the sides stay `imgsz`", "epochs")
+    ] = 0
     restarts: Annotated[_Whole, _about("times an epoch is repeated after a loss of NaN")] = 3
     restart_seeds: Annotated[list[_Seed], _about("seeds of these repetitions, in turn")] = []
     early_stop: Annotated[

@@ -44,7 +44,7 @@ from mhdet.experiment.checks import (
     write_images,
 )
 from .inference import dataset, limits, predict
-from .models import build, make_loss, with_precision, with_width
+from .models import build, design_of, make_loss, with_precision, with_width
 from ..partition.heads import save_heads
 from mhdet.training.callbacks import (
     Checkpoint,
@@ -86,7 +86,7 @@ def _evaluate_dev(cfg, dev, loss, head_of):
         result = evaluate(
             dev.records.gt, dt, dev.records.names, len(dev), ("coco",), head_of=several
         )
-        row = {f"dev/{k}": facts[k] for k in ("box", "obj", "cls") if k in facts}
+        row = {f"dev/{k}": value for k, value in facts.items() if k != "ms"}
         row |= {k: result["coco"][k] for k in ("AP50", "AP")}
         row |= {k: result[k] for k in ("P", "R")}
         heads = enumerate(result.get("per_head", ()))
@@ -129,15 +129,20 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     schedules, frozen = stages(training, size_ratio ** LR_POWER[training.lr_scaling])
     chosen = [*schedules]
     if training.multi_scale:
-        chosen.append(MultiScale(*training.multi_scale, seed=training.seed))
+        close = training.close_multi_scale
+        chosen.append(MultiScale(*training.multi_scale, seed=training.seed, close=close))
     chosen.append(FreezeStages(model.trunk.parts(), frozen))
+    design = design_of(cfg)
+    if design:
+        chosen += design.callbacks(cfg)
     if training.ema:
         chosen.append(EMA(model, training.ema))
     evaluate_dev = _evaluate_dev(cfg, dev, loss, model.head.partition.head_of) if dev else None
     log = JsonLog(run / "log.jsonl")
     chosen.append(Recorder(log, evaluate_dev, after=cfg.evaluation.eval_after))
     if not quiet:
-        chosen.append(Progress(("train/box", "train/obj", "train/cls", "AP50")))
+        terms = design.TERMS if design else ("box", "obj", "cls")
+        chosen.append(Progress((*(f"train/{term}" for term in terms), "AP50")))
     if training.track != "none":
         chosen.append(Track(training.track, run, cfg.flat()))
     if training.max_hours:

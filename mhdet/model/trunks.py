@@ -361,7 +361,7 @@ def load_pretrained(trunk, source):
     Parameters
     ----------
     trunk : ForeignTrunk
-        From `make_trunk`; changed.
+        From `make_trunk`, or another with its `backbone` and `name`; changed.
     source : str or Path
         `none`: nothing is done. A file (safetensors or torch weights, of the whole model). An
         installed package with one such file. `timm` or `torchvision`: fetched by this library.
@@ -374,7 +374,7 @@ def load_pretrained(trunk, source):
     source = str(source)
     if source == "none":
         return
-    if not isinstance(trunk, ForeignTrunk):
+    if "/" not in getattr(trunk, "name", ""):
         raise ValueError(
             f"pretrained={source}: for trunk=timm/NAME and torchvision/NAME; a detector's weights "
             "are given as weights="

@@ -428,6 +428,8 @@ class MultiScale(Callback):
     seed : int
     stride : int
         px.
+    close : int
+        Epochs at the end of a run that keep their size.
 
     Raises
     ------
@@ -439,12 +441,12 @@ class MultiScale(Callback):
     Redmon and Farhadi 2017.
     """
 
-    def __init__(self, low, high, every=10, last=20, seed=0, stride=32):
+    def __init__(self, low, high, every=10, last=20, seed=0, stride=32, close=0):
         first = -(-low // stride) * stride  # rounded up
         self.sides = range(first, high + 1, stride)
         if not self.sides:
             raise ValueError(f"multi_scale: no multiple of {stride} in {low}..{high}")
-        self.every, self.last, self.seed = every, last, seed
+        self.every, self.last, self.seed, self.close = every, last, seed, close
 
     def side(self, epoch, batch, n_batches):
         """Side of a batch in px; None: unchanged."""
@@ -454,6 +456,8 @@ class MultiScale(Callback):
         return int(rng.choice(self.sides))
 
     def before_batch(self, learner):
+        if learner.epoch >= learner.epochs - self.close:
+            return
         images, *rest = learner.data
         # whole batches of the loader, however they are divided
         batch, n_batches = learner.batch // learner.parts, learner.n_batches // learner.parts
