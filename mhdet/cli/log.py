@@ -32,17 +32,17 @@ def _lint(names, chosen):
         if isinstance(value, dict):
             value = change_text({name: {name: pair} for name, pair in value.items()})
             expected = f"{', '.join(expected)} alone"
-        rows.append(row | {"field": finding["field"], "found": value, "expected": expected})
+        field = finding["field"]
+        for name in log.names():
+            field = field.replace(f": {name}:", f": #{log.number(log.get(name))}:")
+        rows.append(row | {"field": field, "found": value, "expected": expected})
     count = len(log.experiments)
     text = f"{log.file}: {len(found)} findings in {len({f['entry'] for f in found})} of {count}"
     if not found:
         return found, f"{log.file}: {count} entries, nothing found"
-    lines = [lint_text(log, finding) for finding in found]
-    return (
-        [f | {"line": s} for f, s in zip(found, lines, strict=True)],
-        "\n".join([text_table(rows, left=True), f"{text} entries; the first: {lines[0]}"]),
-        True,
-    )
+    value = [finding | {"line": lint_text(log, finding)} for finding in found]
+    first = value[0]["line"]
+    return value, f"{text_table(rows, left=True)}\n{text} entries; the first:\n{first}", True
 
 # %% ../../nbs/11_cli/08_log.ipynb #7a1e000a
 def _log(file):

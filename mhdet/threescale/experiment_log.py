@@ -171,9 +171,10 @@ class ExperimentLog(_Part):
         if found is None:
             known = [*self.aliases, *self.names()]
             near = difflib.get_close_matches(str(ref), known, 1, 0)
-            hint = f"did you mean '{near[0]}'?" if near else "there are none"
-            count = f"a number 1..{len(self.experiments)}"
-            raise KeyError(f"{self.file}: no entry '{ref}'; {hint} A name, an alias or {count}")
+            allowed = f"a name, an alias or a number 1..{len(self.experiments)}"
+            if near and not number.isdecimal():
+                allowed = f"did you mean '{near[0]}'? ({allowed})"
+            raise KeyError(f"{self.file}: no entry '{ref}'; {allowed}")
         return found
 
     def number(self, entry):
@@ -484,7 +485,7 @@ def _unknown_names(log, entry):
         if name not in known and name not in seen:
             seen.add(name)
             near = difflib.get_close_matches(name, known, 1)
-            yield field, name, f"an entry or alias; nearest: {near[0] if near else 'none'}"
+            yield field, name, f"an entry, such as {near[0]}" if near else "an entry"
 
 
 def _wrong_sizes(log, entry):

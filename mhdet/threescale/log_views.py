@@ -163,7 +163,7 @@ def _place(value):
 
 
 def _value_text(values):
-    texts = ["-" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+    texts = ["none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
     text = "/".join(texts)
     return text if len(text) <= 16 else text[:15] + "\u2026"
 
@@ -175,14 +175,14 @@ def _columns(values):
     return [order[str(v)] for v in values], kinds
 
 
-def _spread(xs):
-    "The places, moved apart where several experiments share one."
-    out, counts = [], {x: xs.count(x) for x in xs}
-    seen = dict.fromkeys(counts, 0)
-    for x in xs:
-        step = min(0.18, 0.8 / counts[x])
-        out.append(x + step * (seen[x] - (counts[x] - 1) / 2))
-        seen[x] += 1
+def _apart(xs, ys, dx, dy):
+    "The places, each moved as little as it takes not to cover a point drawn before."
+    out = []
+    for x, y in zip(xs, ys, strict=True):
+        tries = [x + sign * k * dx / 2 for k in range(60) for sign in (1, -1)]
+        near = [px for px, py in zip(out, ys, strict=False) if abs(py - y) < dy]
+        free = (t for t in tries if abs(t - x) < 0.48 and all(abs(t - px) >= dx for px in near))
+        out.append(next(free, x))
     return out
 
 
@@ -220,9 +220,9 @@ def plot(log, measure=None, axes=None):
     if not panels:
         raise ValueError(f"{log.file}: no parameter varies, so there is nothing to draw")
     if axes is None:
-        wide = min(len(panels), 3)
+        wide = min(len(panels), 2)
         tall = -(-len(panels) // wide)
-        size = (3.6 * wide, 2.7 * tall + 0.4)
+        size = (4.6 * wide, 2.5 * tall + 0.4)
         axes = plt.subplots(tall, wide, figsize=size, sharey=True, squeeze=False)[1].ravel()
     for ax, (label, names) in zip(axes, panels.items(), strict=False):
         _panel(ax, log, entries, measure, label, names)
@@ -247,26 +247,31 @@ def _title(log, entries, measure):
 
 
 def _panel(ax, log, entries, measure, label, names):
-    "One parameter, or several that belong together."
-    values = [[log.settled(entry).get(name) for name in names] for entry in entries]
+    "One parameter, or several that belong together; entries without any of them are left out."
+    drawn = [entry for entry in entries if set(names) & set(log.settled(entry))]
+    values = [[log.settled(entry).get(name) for name in names] for entry in drawn]
+    heights = [entry.results[measure].value for entry in drawn]
     places, kinds = _columns(values)
-    for x, entry in zip(_spread(places), entries, strict=True):
+    every = [entry.results[measure].value for entry in entries]
+    # a point is 11 pt wide; the axes' size in pt
+    wide, high = ax.get_window_extent().size * 72 / ax.figure.dpi
+    dx, dy = 11 * (len(kinds) + 0.2) / wide, 12 * (max(every) - min(every) or 1) / high
+    spots = _apart(places, heights, dx, dy)
+    for x, entry in zip(spots, drawn, strict=True):
         figure = entry.results[measure]
         fill = "white" if entry.early_stop is not None else "0.25"
         if figure.low is not None and figure.high is not None:
             ax.plot([x, x], [figure.low, figure.high], color="0.6", lw=1, zorder=1)
-        ax.scatter(x, figure.value, s=105, facecolor=fill, edgecolor="0.25", zorder=2)
+        ax.scatter(x, figure.value, s=100, facecolor=fill, edgecolor="0.25", zorder=2)
         color = "0.25" if fill == "white" else "white"
         number = log.number(entry)
         ax.text(x, figure.value, number, color=color, ha="center", va="center", size=7, zorder=3)
     ax.set_xticks(range(len(kinds)), [_value_text(v) for v in kinds])
     ax.set_xlim(-0.6, len(kinds) - 0.4)
-    if sum(len(_value_text(v)) + 2 for v in kinds) > 40:
-        ax.tick_params(axis="x", rotation=30)
-    ax.set_xlabel(label)
+    if sum(len(_value_text(v)) + 2 for v in kinds) > 60:
+        ax.tick_params(axis="x", rotation=20)
     unit = "%" if log.unit == "percent" else "0..1"
-    if ax.get_subplotspec() is None or ax.get_subplotspec().is_first_col():
-        ax.set_ylabel(f"{measure} ({unit})")
+    ax.set(xlabel=label, ylabel=f"{measure} ({unit})")
 
 # %% ../../nbs/09_threescale/04_log_views.ipynb #9e040014
 NOT_PARAMETERS = ("run",)  # of a run's config: its name is the entry's
@@ -361,10 +366,10 @@ def _results(run, rows, compared):
         note = "val, study.json"
         for measure in ("AP50", "AP"):
             sd = arm.get("sd") if measure == "AP50" else None
-            results[measure] = Figure(value=arm[measure], sd=sd, n=arm["n"], note=note)
+            results[measure] = Figure(value=round(arm[measure], 6), sd=sd, n=arm["n"], note=note)
     last = next((row for row in reversed(rows) if row.get("AP50") is not None), None)
     for measure in ("AP50", "AP") if last else ():
-        results[f"{measure}_dev"] = Figure(value=last[measure], epoch=last["epoch"], n=1)
+        results[f"{measure}_dev"] = Figure(value=round(last[measure], 6), epoch=last["epoch"], n=1)
     return results
 
 
@@ -388,7 +393,7 @@ def _effect(run, base, results, base_results, compared):
     if measure in results and measure in base_results:
         value = results[measure].value - base_results[measure].value
         note = "plain difference, no interval"
-        found[measure] = Figure(value=round(value, 12), n=results[measure].n, note=note)
+        found[measure] = Figure(value=round(value, 6), n=results[measure].n, note=note)
     return found
 
 
