@@ -33,8 +33,8 @@ def _lint(names, chosen):
             value = change_text({name: {name: pair} for name, pair in value.items()})
             expected = f"{', '.join(expected)} alone"
         field = finding["field"]
-        for name in log.names():
-            field = field.replace(f": {name}:", f": #{log.number(log.get(name))}:")
+        for name in sorted(log.names(), key=len, reverse=True):
+            field = field.replace(name, f"#{log.number(log.get(name))}")
         rows.append(row | {"field": field, "found": value, "expected": expected})
     count = len(log.experiments)
     text = f"{log.file}: {len(found)} findings in {len({f['entry'] for f in found})} of {count}"
@@ -53,8 +53,9 @@ def _log(file):
 
 @command("", (2, 3), "[FILE] A B", group=LOG)
 def _diff(names, chosen, file: str = option(REPORTED, "The log, where no FILE is named.")):
-    """What changed from entry A to entry B, what it brought, and whether that compares cleanly.
+    """What changed from entry A to entry B, and what it brought.
 
+    Also whether that is a clean comparison: one parameter, or one group, changed.
     A and B are names, aliases or numbers from 1.
     """
     from mhdet.threescale.log_views import diff
@@ -70,7 +71,7 @@ def _diff(names, chosen, file: str = option(REPORTED, "The log, where no FILE is
 
 @command("", (0, 1), "[FILE]", group=LOG)
 def _table(names, chosen):
-    """The entries of a log as a table: results, what changed from which, restarts."""
+    """The entries as a table: results, what changed, restarts."""
     from mhdet.threescale.log_views import table
 
     log = _log(names[0] if names else REPORTED)
@@ -122,8 +123,9 @@ def _new(
     name: str = option(None, "Of the entry; otherwise that of the run."),
     file: str = option(None, "Log to add it to; otherwise it is printed."),
 ):
-    """A finished run as an entry of a log: aim, parameters, effect, advice, restarts.
+    """Write a finished run down as an entry of a log.
 
+    Parameters, effect, advice, platform and restarts are read from its folder.
     The file is made if it is not there; what stands in it stays to the byte.
     """
     import msgspec

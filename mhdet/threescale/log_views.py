@@ -179,10 +179,12 @@ def _apart(xs, ys, dx, dy):
     "The places, each moved as little as it takes not to cover a point drawn before."
     out = []
     for x, y in zip(xs, ys, strict=True):
-        tries = [x + sign * k * dx / 2 for k in range(60) for sign in (1, -1)]
+        tries = [x + sign * k * dx / 4 for k in range(60) for sign in (1, -1)]
         near = [px for px, py in zip(out, ys, strict=False) if abs(py - y) < dy]
-        free = (t for t in tries if abs(t - x) < 0.48 and all(abs(t - px) >= dx for px in near))
-        out.append(next(free, x))
+        tries = [t for t in tries if abs(t - x) < 0.47]
+        gaps = [min((abs(t - px) for px in near), default=dx) for t in tries]
+        free = next((t for t, gap in zip(tries, gaps, strict=True) if gap >= dx), None)
+        out.append(tries[gaps.index(max(gaps))] if free is None else free)
     return out
 
 
@@ -222,7 +224,7 @@ def plot(log, measure=None, axes=None):
     if axes is None:
         wide = min(len(panels), 2)
         tall = -(-len(panels) // wide)
-        size = (4.6 * wide, 2.5 * tall + 0.4)
+        size = (4.8 * wide, 2.7 * tall + 0.4)
         axes = plt.subplots(tall, wide, figsize=size, sharey=True, squeeze=False)[1].ravel()
     for ax, (label, names) in zip(axes, panels.items(), strict=False):
         _panel(ax, log, entries, measure, label, names)
@@ -253,19 +255,19 @@ def _panel(ax, log, entries, measure, label, names):
     heights = [entry.results[measure].value for entry in drawn]
     places, kinds = _columns(values)
     every = [entry.results[measure].value for entry in entries]
-    # a point is 11 pt wide; the axes' size in pt
+    # a point is 10 pt wide; the axes' size in pt
     wide, high = ax.get_window_extent().size * 72 / ax.figure.dpi
-    dx, dy = 11 * (len(kinds) + 0.2) / wide, 12 * (max(every) - min(every) or 1) / high
+    dx, dy = 10 * (len(kinds) + 0.2) / wide, 11 * (max(every) - min(every) or 1) / high
     spots = _apart(places, heights, dx, dy)
     for x, entry in zip(spots, drawn, strict=True):
         figure = entry.results[measure]
         fill = "white" if entry.early_stop is not None else "0.25"
         if figure.low is not None and figure.high is not None:
             ax.plot([x, x], [figure.low, figure.high], color="0.6", lw=1, zorder=1)
-        ax.scatter(x, figure.value, s=100, facecolor=fill, edgecolor="0.25", zorder=2)
+        ax.scatter(x, figure.value, s=80, facecolor=fill, edgecolor="0.25", zorder=2)
         color = "0.25" if fill == "white" else "white"
         number = log.number(entry)
-        ax.text(x, figure.value, number, color=color, ha="center", va="center", size=7, zorder=3)
+        ax.text(x, figure.value, number, color=color, ha="center", va="center", size=6.5, zorder=3)
     ax.set_xticks(range(len(kinds)), [_value_text(v) for v in kinds])
     ax.set_xlim(-0.6, len(kinds) - 0.4)
     if sum(len(_value_text(v)) + 2 for v in kinds) > 60:
@@ -351,6 +353,10 @@ def _arm(study, run):
     return None
 
 
+def _rounded(figure):
+    return {key: None if value is None else round(value, 6) for key, value in figure.items()}
+
+
 def _study(run):
     file = run.parent / "study.json"
     return read_json(file) if file.is_file() else {}
@@ -365,8 +371,8 @@ def _results(run, rows, compared):
     elif arm:
         note = "val, study.json"
         for measure in ("AP50", "AP"):
-            sd = arm.get("sd") if measure == "AP50" else None
-            results[measure] = Figure(value=round(arm[measure], 6), sd=sd, n=arm["n"], note=note)
+            figure = {"value": arm[measure]} | ({"sd": arm.get("sd")} if measure == "AP50" else {})
+            results[measure] = Figure(**_rounded(figure), n=arm["n"], note=note)
     last = next((row for row in reversed(rows) if row.get("AP50") is not None), None)
     for measure in ("AP50", "AP") if last else ():
         results[f"{measure}_dev"] = Figure(value=round(last[measure], 6), epoch=last["epoch"], n=1)
@@ -386,8 +392,8 @@ def _effect(run, base, results, base_results, compared):
         row = None
     if row and row.get("delta") is not None:
         n = row.get("n", row.get("seeds_b"))
-        span = {key: row[key] for key in ("low", "high")}
-        found["AP50"] = Figure(value=row["delta"], **span, n=n, note=note)
+        span = _rounded({"value": row["delta"], "low": row["low"], "high": row["high"]})
+        found["AP50"] = Figure(**span, n=n, note=note)
         return found
     measure = "AP50" if "AP50" in results and "AP50" in base_results else "AP50_dev"
     if measure in results and measure in base_results:
