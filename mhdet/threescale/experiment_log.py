@@ -23,6 +23,8 @@ def _about(meaning, unit=""):
 
 
 _Name = Annotated[str, Meta(min_length=1)]
+_Count = Annotated[int, Meta(ge=0, le=10**9)]
+_Load = Annotated[int, Meta(ge=-(10**9), le=10**9)]  # what is wrong here is for `lint` to say
 
 
 class _Part(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -33,11 +35,11 @@ class Figure(_Part):
     """A number that was measured, with what is known of its uncertainty."""
 
     value: Annotated[float, _about("the number, in the unit of the log")]
-    epoch: Annotated[int | None, _about("epoch of which it is", "epochs")] = None
+    epoch: Annotated[_Count | None, _about("epoch of which it is", "epochs")] = None
     low: Annotated[float | None, _about("low end of its interval, in the unit of the log")] = None
     high: Annotated[float | None, _about("high end of its interval, in the unit of the log")] = None
     sd: Annotated[float | None, _about("sd over seeds, in the unit of the log")] = None
-    n: Annotated[int | None, _about("trainings that it is the mean of", "trainings")] = None
+    n: Annotated[_Count | None, _about("trainings that it is the mean of", "trainings")] = None
     note: Annotated[str, _about("how it was measured, where that is not obvious")] = ""
 
 
@@ -71,8 +73,8 @@ class Claim(_Part):
 class FlowRow(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A start or restart: a row of the flow table, `[epoch, load_epoch, seed, reason]`."""
 
-    epoch: Annotated[int, _about("first epoch that is trained", "epochs")]
-    load_epoch: Annotated[int, _about("epoch whose state is loaded: the one before", "epochs")]
+    epoch: Annotated[_Count, _about("first epoch that is trained", "epochs")]
+    load_epoch: Annotated[_Load, _about("epoch whose state is loaded: the one before", "epochs")]
     seed: Annotated[int | None, _about("seed from there on")]
     reason: Annotated[str, _about("normal start, nan, out of memory, ...")]
 
@@ -104,7 +106,7 @@ class Entry(_Part):
     conclusion: Annotated[str, _about("what was found")] = ""
     suggestions: Annotated[list[str], _about("what to try next")] = []
     early_stop: Annotated[
-        int | None, _about("epoch at which it was stopped before its end", "epochs")
+        _Count | None, _about("epoch at which it was stopped before its end", "epochs")
     ] = None
     stopped: Annotated[str, _about("why it was stopped")] = ""
     flow: Annotated[list[FlowRow], _about("starts and restarts, in order")] = []
@@ -297,8 +299,8 @@ def _measure(log, entry, claim):
 
 
 def _unknown(log, name):
-    known = [*log.aliases, *log.names()]
-    near = difflib.get_close_matches(str(name), known, 1, 0)
+    known, name = [*log.aliases, *log.names()], " ".join(str(name).split())
+    near = difflib.get_close_matches(name, known, 1, 0)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"no entry or alias '{name}'{hint}"
 

@@ -492,7 +492,9 @@ def _comparison(given, baseline):
     found = given if isinstance(given, dict) else read_json(given)
     where = "comparison" if isinstance(given, dict) else given
     wanted = ("a", "b", "delta", "low", "high")
-    if not isinstance(found, dict) or any(not isinstance(found.get(k), float) for k in wanted):
+    if not isinstance(found, dict) or any(
+        not isinstance(found.get(k), (int, float)) for k in wanted
+    ):
         raise ValueError(f"{where}: expected what mhdet compare --json prints: {', '.join(wanted)}")
     if baseline is None:
         raise ValueError(f"{where}: a comparison needs a baseline")
