@@ -6,13 +6,13 @@
 __all__ = ['MODULES', 'ORDER', 'app']
 
 # %% ../../nbs/11_cli/09_commands.ipynb #57af45ce
-from . import analysis, diagnose, images, machine, pairs, partition, training
+from . import analysis, diagnose, images, log, machine, pairs, partition, training
 from .grammar import app
 
 # %% ../../nbs/11_cli/09_commands.ipynb #32833e82
 _all_ = ["app"]
 # `mhdet --help` lists the commands in this order
-MODULES = (training, diagnose, analysis, partition, images, machine, pairs)
+MODULES = (training, diagnose, analysis, partition, images, machine, pairs, log)
 ORDER = (
     "diagnose",
     "study",
