@@ -331,7 +331,7 @@ class ThreeScaleLoss(nn.Module):
             warnings.warn(
                 f"more than {A} objects in a cell (strides 8, 16, 32: {slots.dropped.tolist()}): "
                 "those beyond are not trained on; the term 'dropped' counts them",
-                stacklevel=2,
+                stacklevel=4,  # where the loss is called
             )
         epoch = self.epoch if self.training else self.weights.epoch_prior
         terms = yolo_terms(raws, targets, self.priors, self.w, self.weights, epoch, slots)
