@@ -23,7 +23,6 @@ from ..evaluation.metrics import evaluate
 from ..evaluation.results import write_results
 from .checks import tell_data
 from .models import load_run
-from ..model.detector import decode, detect
 from ..training.learner import make_accelerator, to_unit
 
 # %% ../../nbs/06_experiment/02_inference.ipynb #06873c78
@@ -61,9 +60,9 @@ def dataset(cfg, records, train=False, head_of=None):
     )
 
 # %% ../../nbs/06_experiment/02_inference.ipynb #35af1f1c
-def _detections(raws, head, index, params, sizes, limits):
+def _detections(model, raws, index, params, sizes, limits):
     "Image, label, box (xyxy px of the image, clipped to it) and score of a batch's detections."
-    at, box, score, label = (t.cpu() for t in detect(*decode(raws, head), head.head_of, **limits))
+    at, box, score, label = (t.cpu() for t in model.detections(raws, **limits))
     image = index[at]
     box = unletterbox(box, params[at]).clamp(min=0)
     return image, label, torch.minimum(box, sizes[image].repeat(1, 2)), score
@@ -75,13 +74,13 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
 
     Parameters
     ----------
-    model : Detector
+    model : Detector, or another network with its `detections`
         Used in eval mode, on the device where it is.
     data : DetDataset
         Not augmented.
     batch : int
         Images per forward pass.
-    loss : RoutedLoss, optional
+    loss : RoutedLoss, or another that returns a dict of terms, optional
         Measured on the way.
     accelerator : accelerate.Accelerator, optional
         Its processes share the batches; each gets the detections of all images.
@@ -92,16 +91,19 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
     -------
     (dict of arrays, dict)
         `image, label, box` (xyxy px of the original image, clipped to it), `score`; and `ms` per
-        image from batch to detections, with the means of `box`, `obj`, `cls` if a loss was given.
+        image from batch to detections, with the means of the terms (`box`, `obj`, `cls`) if a loss
+        was given.
 
     Raises
     ------
     ValueError
         As in `detect`.
     """
-    was_training = model.training
+    networks = [m for m in (model, loss) if isinstance(m, torch.nn.Module)]
+    modes = [m.training for m in networks]
+    for network in networks:
+        network.eval()
     device = next(model.parameters()).device
-    model.eval()
     sizes = torch.from_numpy(data.records.sizes).float()
     batches = loader(data, batch, shuffle=False)
     if accelerator:
@@ -111,12 +113,13 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
     for images, targets, index, params in batches:
         start = time.perf_counter()
         raws = model(to_unit(images.to(device)))
-        detections = _detections(raws, model.head, index, params, sizes, limits)
+        detections = _detections(model, raws, index, params, sizes, limits)
         seconds += time.perf_counter() - start
         terms = loss(raws, targets.to(device)) if loss else {}
-        terms = {k: terms[k].cpu() for k in ("box", "obj", "cls") if k in terms}
+        terms = {k: v.cpu() for k, v in terms.items() if k != "loss" and "/" not in k}
         results.append((int(index[0]), detections, terms, seconds))
-    model.train(was_training)
+    for network, mode in zip(networks, modes, strict=True):
+        network.train(mode)
     if accelerator:
         results = gather_object(results)
     results.sort(key=lambda result: result[0])  # the order of the images, whoever detected in them

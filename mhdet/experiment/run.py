@@ -267,6 +267,9 @@ def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",)
     check_batch(cfg, len(splits["train"]), processes)
     build_cfg = _resumed_build(run or start, cfg) if run or start else cfg
     model = build(build_cfg, splits["train"].names, root, notes)
+    design = design_of(cfg)
+    if design:
+        design.fit_to_data(cfg, model, splits["train"])
     make_loss(cfg, model)
     compose(cfg.data, cfg.training.epochs, model.head.partition.head_of)
     callbacks(cfg, Path(), model, splits.get("dev"))

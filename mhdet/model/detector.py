@@ -87,7 +87,12 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, x, **limits):
         "`Detections` of images (B, 3, H, W); limits as in `detect`."
-        return detect(*decode(self(x), self.head), self.head.head_of, **limits)
+        return self.detections(self(x), **limits)
+
+    @torch.no_grad()
+    def detections(self, raws, **limits):
+        "`Detections` of raw maps; limits as in `detect`."
+        return detect(*decode(raws, self.head), self.head.head_of, **limits)
 
 # %% ../../nbs/04_model/02_detector.ipynb #f8ed8466
 def _decode_level(view, boxes, scores, anchor, stride, head):

@@ -71,6 +71,8 @@ def split_heads(model, partition, boxes=None, adapter="none"):
     Compare Net2Net (Chen, Goodfellow, Shlens 2015).
     """
     old = model.head
+    if not isinstance(old, MultiHead):
+        raise ValueError(f"split_heads: a {type(model).__name__} has no heads to split")
     if partition.names != old.partition.names:
         raise ValueError("split_heads: the partition is of other classes than the model's")
     parents = _parent_heads(old, partition)
