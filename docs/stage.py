@@ -66,6 +66,7 @@ BEGIN = [
     "docs/backbones",
     "docs/deploy",
     "docs/pairs",
+    "docs/threescale",
     "docs/odd_data",
     "docs/troubleshooting",
 ]
