@@ -1,10 +1,14 @@
 """Three scales: what is too slow or too dull for the chapters."""
 
 import copy
+import shlex
 
+import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mhdet.cli.commands import app
 from mhdet.data.dataset import DetDataset, loader
 from mhdet.data.toy import toy_dataset
 from mhdet.model.multihead import per_anchor
@@ -174,3 +178,29 @@ def test_cuda_gives_the_terms_of_the_cpu():
         for name, value in here.items():
             torch.testing.assert_close(there[name].cpu(), value, rtol=1e-4, atol=1e-3)
     assert len(model.detect(torch.rand(1, 3, 64, 96, device="cuda"), conf=0.0).score) > 0
+
+
+def test_commands_on_a_run_of_three_scales(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def mhdet(line):
+        found = CliRunner().invoke(app, shlex.split(line))
+        return found.exit_code, found.stdout, found.stderr
+
+    words = "data=toy:40 imgsz=64 batch=8 width=0.125 workers=0 trunk=toy lr=0.002 clip=20"
+    line = f"train {words} 'three_scale={{lambda_obj: 20}}' epochs=2 keep_every=1 run=scales"
+    assert mhdet(line)[0] == 0
+    code, out, err = mhdet("eval scales --json")
+    assert code == 0 and "AP50" in out, err
+    code, _, err = mhdet("train --from scales@1 run=further epochs=3 schedule=constant")
+    assert code == 0, err
+    flow = pd.read_csv("runs/further/restarts.csv")
+    assert flow["epoch"].tolist() == [2] and flow["reason"].tolist() == ["from scales@1"]
+    refused = {
+        "export scales --out x.onnx": "to_onnx: expected a Detector, got a ThreeScale",
+        "train run=x weights=scales data=toy:40 width=0.125 imgsz=64": "of another design",
+        "train run=x data=toy:40 three_scale=5": "three_scale: Expected `object | null`, got 5",
+    }
+    for line, words in refused.items():
+        code, _, err = mhdet(line)
+        assert code != 0 and words in err and err.count("\n") == 1, (line, err)

@@ -144,7 +144,8 @@ def detect_split(target, chosen=None, split="val", root="runs", max_images=None)
     dt, _ = predict(model, data, **limits(cfg))
     found = data.records
     about = found.names, found.gt, dt, found.ids, found.sizes, cfg, found
-    return Subject(str(target), split, *about, model)
+    # what is asked of heads is not available for another network
+    return Subject(str(target), split, *about, model if isinstance(model, Detector) else None)
 
 
 def subject_of_files(truth, dt, name, split="val", chosen=None):

@@ -24,7 +24,7 @@ from ..core.files import write_atomic
 from ..data.boxes import letterbox, unletterbox
 from ..data.images import read_image
 from ..evaluation.results import detections_apart
-from ..model.detector import Detections, decode, detect
+from ..model.detector import Detections, Detector, decode, detect
 from ..model.multihead import per_anchor
 from ..training.learner import to_unit
 
@@ -372,6 +372,8 @@ def to_onnx(model, path, imgsz=640, nms=None, raw=False):
     """
     onnx, _ = _require("onnx", "onnxruntime")
     path = Path(path)
+    if not isinstance(model, Detector):
+        raise ValueError(f"to_onnx: expected a Detector, got a {type(model).__name__}")
     if raw and nms is not None:
         raise ValueError("raw: the maps are not decoded and cannot be suppressed; leave out nms")
     nms = _check_export(path, imgsz, nms)
