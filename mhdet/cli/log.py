@@ -40,9 +40,8 @@ def _lint(names, chosen):
     text = f"{log.file}: {len(found)} findings in {len({f['entry'] for f in found})} of {count}"
     if not found:
         return found, f"{log.file}: {count} entries, nothing found"
-    value = [finding | {"line": lint_text(log, finding)} for finding in found]
-    first = value[0]["line"]
-    return value, f"{text_table(rows, left=True)}\n{text} entries; the first:\n{first}", True
+    first = lint_text(log, found[0])
+    return found, f"{text_table(rows, left=True)}\n{text} entries; the first:\n{first}", True
 
 # %% ../../nbs/11_cli/08_log.ipynb #7a1e000a
 def _log(file):
