@@ -132,7 +132,7 @@ class ActStats(Callback):
         as a context manager without a module.
     """
 
-    def __init__(self, module=None, names=None, every=10, bins=40, limits=None, sample=4096):
+    def __init__(self, module=None, names=None, every=20, bins=40, limits=None, sample=2048):
         if min(every, sample) < 1 or bins < 4:
             raise ValueError(
                 f"every={every}, sample={sample}, bins={bins}: must be 1, 1 and 4 or more"
@@ -248,9 +248,8 @@ class ActStats(Callback):
         low, high = self.limits or ((0, 10) if isinstance(module, nn.ReLU | nn.ReLU6) else (-7, 7))
         self.limits_of[layer] = (low, high)
         values = self._values(x).float()
-        numbers = torch.stack(
-            [values.mean(), values.std(correction=0), (values > 0).float().mean()]
-        )
+        variance, mean = torch.var_mean(values, correction=0)
+        numbers = torch.stack([mean, variance.sqrt(), (values > 0).float().mean()])
         counts = values.clamp(low, high).histc(self.bins, low, high)
         self._open[1].append((self._open[0], layer, numbers, counts))
 
