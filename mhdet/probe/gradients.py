@@ -228,7 +228,9 @@ def plot_pull(pull, by="head", ax=None):
     for i, j in np.ndindex(n, n):
         dark = abs(cosine[i, j]) > 0.6
         colour = "white" if dark else "black"
-        ax.text(j, i, f"{cosine[i, j]:.2f}", ha="center", va="center", c=colour, size=7)
+        ax.text(
+            j, i, f"{round(cosine[i, j], 2) + 0.0:.2f}", ha="center", va="center", c=colour, size=7
+        )
     ax.set_xticks(range(n), labels, rotation=90 if n > 5 else 0)
     ax.set_yticks(range(n), labels)
     ax.tick_params(length=0)
