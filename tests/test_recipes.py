@@ -81,6 +81,40 @@ PRETRAINED = dict(
 )
 
 
+SCALES = dict(
+    lambda_coord=10,
+    lambda_class=10,
+    lambda_noobj=1,
+    lambda_obj=50,
+    lambda_prior=0.1,
+    epoch_prior=60,
+    lambda_scale_1=16,
+    lambda_scale_2=4,
+    lambda_scale_4=1,
+    iou_thres=0.7,
+    w="power",
+)
+RESNET18 = dict(
+    trunk="torchvision/resnet18",
+    width=1,
+    imgsz=416,
+    batch=32,
+    nominal_batch=64,
+    three_scale=SCALES,
+    lr=0.5 / 64,
+    momentum=0.9,
+    weight_decay=0.0005,
+    clip=20,
+    warmup=30,
+    schedule="restarts",
+    multi_scale=(320, 608),
+    close_multi_scale=10,
+    ema=0,
+    mosaic=0,
+    difficult="train",
+)
+
+
 def STEP(*values):
     return dict(zip(("freeze", "lr", "lrf", "warmup"), values, strict=True))
 
@@ -93,6 +127,12 @@ RECIPES = {
     "pretrained": PRETRAINED,
     "floor": dict(width=0.5, imgsz=160, batch=32, epochs=50, difficult="train", dev=0),
     "ladder": dict(epochs=500, stages=[NONE | stage for stage in LADDER]),
+    "resnet18": RESNET18 | dict(lr_parts=[[1, 130]], epochs=160),
+    "resnet18-double": RESNET18 | dict(lr_parts=[[1, 130], [1, 50]], epochs=210),
+    "resnet18-triple": RESNET18 | dict(lr_parts=[[1, 130], [1, 50], [0.5, 60]], epochs=270),
+    "resnet18-lr15": RESNET18
+    | dict(lr=0.15 / 64, batch=64, lr_parts=[[1, 170]], epochs=200)
+    | dict(three_scale=SCALES | dict(lambda_obj=10, lambda_scale_1=1, lambda_scale_2=1)),
     "f74to50": STEP(50, 0.005, 0.01, 3),
     "f74to29": STEP(29, 0.001, 0.1, 3),
     "f50to0": STEP(0, 0.002, 0.1, 5),
