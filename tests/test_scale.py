@@ -147,6 +147,7 @@ def test_one_process_goes_on_where_two_stopped(both):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_other(tmp_path):
     child = start(tmp_path, 2, "run=run", "norm_layer=gn", "epochs=20", "save_steps=2", pause=0.05)
     until(lambda: read_meta(tmp_path / "run/last").get("steps", 0) >= 2, child)
