@@ -163,6 +163,10 @@ class ActStats(Callback):
     def after_fit(self, learner):
         self.remove()
 
+    def on_memory(self, learner, error):
+        self.remove()
+        return False
+
     def remove(self):
         "Take all hooks away; what was measured stays."
         for handle in self._handles:
