@@ -54,8 +54,9 @@ def _stop(cfg, folder, why):
 
 
 def _stopped(run):
-    "Why a run was stopped before its last epoch; None where it was not."
-    return json.loads((run / "env.json").read_text())["stopped"]
+    "Why a run was stopped before its last epoch; None where it was not, or is not known."
+    env = run / "env.json"
+    return json.loads(env.read_text())["stopped"] if env.is_file() else None
 
 
 def _train_or_continue(cfg, splits, folder, name, quiet, told):
@@ -106,7 +107,7 @@ def _train_elsewhere(cfg, rows, folder, engine, say, quiet):
             f"{folder}: {', '.join(failed)} not finished; what happened is in {failed[0]}.out"
         )
     if left:
-        _stop(cfg, folder, _stopped(left[0]["folder"]))
+        _stop(cfg, folder, _stopped(left[0]["folder"]) or f"{left[0]['name']} ended early")
 
 
 COMPARED = (
