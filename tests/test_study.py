@@ -123,6 +123,33 @@ def test_a_base_for_each_seed_or_one_for_all(here):
     assert JsonLog("runs/shared/control-s0/log.jsonl").rows()[0]["train/loss"] == first
 
 
+def test_every_base_has_its_own_partition_and_studies_add_up(here):
+    Path("taught.yaml").write_text("rows: {taught: {heads: null, distill: start}}")
+    bases = "--base first --base second --arms random,again --arms-file taught.yaml"
+    study = result(f"study own {bases} --metric voc extra_epochs=1")
+    arms = {arm["name"]: arm for arm in study["arms"]}
+    assert arms.keys() == {"control", "random", "again", "taught"}
+    files = [Path("runs/own", f"heads-random{more}.yaml").read_text() for more in ("", "-s1")]
+    assert files[0] != files[1]
+    for seed, file in enumerate(files):
+        assert Path(config(f"own/random-s{seed}")["heads"]).read_text() == file
+    assert [row["seed"] for row in arms["random"]["per_head"]] == [0] * 4 + [1] * 4
+    assert [config(f"own/again-s{seed}")["seed"] for seed in (0, 1)] == [1000, 1001]
+    log = JsonLog("runs/own/taught-s0/log.jsonl").rows()[-1]
+    assert log["train/distil"] > 0 and config("own/taught-s0")["distill"] == "start"
+    assert "VOC AP50" in study["sentence"]
+    pooled = {row["name"]: row for row in result("study --pool own")}
+    assert pooled["random"]["delta"] == pytest.approx(arms["random"]["delta"], abs=1e-5)
+    assert (pooled["random"]["n"], pooled["control"]["delta"]) == (2, None)
+    for words, message in (
+        ("own,runs/own/runs.csv", "--pool own,runs/own/runs.csv: arm control, seed 0: twice"),
+        ("runs/own/table.csv", "table.csv: expected the runs.csv of a study"),
+        ("none", "runs.csv: no such file"),
+    ):
+        code, out, err = mhdet(f"study --pool {words}")
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
 def test_frozen_parts_of_the_single_head_are_not_the_arms(here):
     line = (
         f"study bare {TINY} epochs=1 extra_epochs=1 freeze=p3 'stages=[{{epochs: 1, freeze: p3}}]'"
@@ -223,6 +250,9 @@ REFUSED = {
     "study new --base first width=.25": "of another width",
     "study new --base first --arms others.yaml": "others.yaml: made for other classes",
     "study new --base first --arms none": "or a head file; got 'none'",
+    "study new --base first --arms split-13": "--arms: arm split-13: 13 heads, but 12 classes",
+    "study new --base first --metric f1": "--metric: must be one of AP50, AP, voc; got 'f1'",
+    "study new --base first distill=absent": "distill=absent: absent: no run there",
     "study new --base first --arms halves.yaml,more/halves.yaml": "would both be arm 'halves'",
     "study new --base first arm.freez=50": "arm.freez=50: unknown key 'freez'; did you mean",
     "study new --base first arm.imgsz=96": "arm.imgsz: must be the same",

@@ -415,7 +415,7 @@ def _resumed_study(name, chosen, allow_leak):
     request["allow_leak"] |= allow_leak
     request["chosen"] |= _resumable(name, chosen)
     older = {"base": [], "keys": {}, "rows": {}, "arms_file": None, "against": "control"}
-    return older | request
+    return older | {"metric": "AP50"} | request
 
 
 def _new_study(name, chosen, asked):
@@ -434,6 +434,30 @@ def _new_study(name, chosen, asked):
     return asked | {"chosen": own | {"run": name}, "keys": keys, "rows": rows}
 
 
+def _pool(names, against):
+    "The verdict over all seeds of finished studies, each a name or the file runs.csv of one."
+    import pandas as pd
+
+    from mhdet.core.files import read_table
+    from mhdet.experiment.study_report import pool_runs
+
+    tables = []
+    for name in names.split(","):
+        file = Path(name) if Path(name).is_file() else Path(ROOT) / name / "runs.csv"
+        (_, header), *rows = read_table(file)
+        if not {"arm", "seed", "metric"} <= set(header):
+            raise ValueError(f"{file}: expected the runs.csv of a study: columns arm, seed, metric")
+        if len({len(row) for _, row in rows} | {len(header)}) > 1:
+            raise ValueError(f"{file}: rows of different lengths")
+        tables.append(pd.read_csv(file))
+    try:
+        pooled = pool_runs(pd.concat(tables), against)
+    except ValueError as e:
+        raise ValueError(f"--pool {names}: {e}") from None
+    rows = pooled.astype(object).where(pooled.notna(), None).to_dict("records")
+    return rows, text_table(pooled)
+
+
 BASES = option(None, "A trained single head, run or file; once, or once per seed.", "--base")
 
 
@@ -446,6 +470,8 @@ def _study(
     arms: str = option(None, "Names or head files, separated by commas; split."),
     arms_file: str = option(None, "Keys of single arms: a file like a sweep's.", "--arms-file"),
     against: str = option("control", "The arm that the others are compared with."),
+    metric: str = option("AP50", "What the verdict is about: AP50, AP or voc (VOC's AP50)."),
+    pool: str = option(None, "Train nothing: the verdict over these finished studies or runs.csv."),
     num_heads: int = option(None, "Heads of the partition: 4, or as many as classes if fewer."),
     heads: str = option(None, "Not here: the study makes its head files itself.", hidden=True),
     resume: bool = option(False, "Go on with the study NAME, or the newest.", "--resume"),
@@ -464,6 +490,8 @@ def _study(
     from mhdet.experiment.study import study
     from mhdet.experiment.study_report import study_table
 
+    if pool:
+        return _pool(pool, against)
     refuse_heads(heads, "study")
     refuse_heads(chosen.get("heads"), "study")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -472,6 +500,7 @@ def _study(
     asked = {"seeds": max(1, len(base)) if seeds is None else seeds, "heads": num_heads}
     asked |= {"arms": arms or ("control" if arms_file else "split,control"), "base": base}
     asked |= {"arms_file": arms_file, "against": against, "allow_leak": allow_leak}
+    asked |= {"metric": metric}
     if resume:
         request = _resumed_study(name, chosen, allow_leak)
     else:
@@ -483,7 +512,8 @@ def _study(
         print(line)
 
     cfg, wanted = load_config(request["chosen"]), request["arms"].split(",")
-    same = {key: request[key] for key in ("heads", "allow_leak", "keys", "rows", "against")}
+    options = ("heads", "allow_leak", "keys", "rows", "against", "metric")
+    same = {key: request[key] for key in options}
     same |= {"bases": request["base"], "source": request["arms_file"] or "--arms-file"}
     per_row = _per_row(cpus_per_row, gpus_per_row)
     if engine != "local" or per_row:

@@ -115,8 +115,11 @@ class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = None
     weights: Annotated[str | None, _about("a run or a weight file to start from")] = None
     transfer: Annotated[
-        Literal["exact", "intersect", "classes", "none"],
-        _about("take over everything, tensors of the same name, classes of the same name, nothing"),
+        Literal["exact", "intersect", "trunk", "classes", "none"],
+        _about(
+            "take over everything, tensors of the same name, the trunk, classes of the same name, "
+            "nothing"
+        ),
     ] = "exact"
 
 # %% ../../nbs/00_core/01_config.ipynb #3f93fee1
@@ -148,6 +151,11 @@ class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         _Share, _about("probability moved to the other classes", "share")
     ] = 0.0
     focal: Annotated[_Amount, _about("exponent of the focal loss; 0: cross-entropy")] = 0.0
+    distill: Annotated[
+        str | None,
+        _about("a teacher: a run or a weight file, `start`: the one in `weights`; null: none"),
+    ] = None
+    distill_gain: Annotated[_Amount, _about("weight of the distance from the teacher")] = 1.0
 
 # %% ../../nbs/00_core/01_config.ipynb #d9d5675f
 class Stage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

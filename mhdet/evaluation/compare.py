@@ -96,8 +96,9 @@ def mean_errors(gt, sides, nc, head_of=None):
     ----------
     gt, sides, nc
         As for `differences`.
-    head_of : int array (nc,), optional
-        Head of every class, to tell mistakes within a head from those across heads.
+    head_of : int array (nc,) or list of them, optional
+        Head of every class, to tell mistakes within a head from those across heads; a list has one
+        for each training.
 
     Returns
     -------
@@ -111,11 +112,13 @@ def mean_errors(gt, sides, nc, head_of=None):
     """
     out = {}
     for name, dts in sides.items():
-        out[name] = mean_profile([error_profile(gt, dt, nc, head_of) for dt in dts])
+        each = head_of if isinstance(head_of, list) else [head_of] * len(dts)
+        profiles = [error_profile(gt, dt, nc, own) for dt, own in zip(dts, each, strict=True)]
+        out[name] = mean_profile(profiles)
     return out
 
 # %% ../../nbs/02_evaluation/07_compare.ipynb #65f6178f
-def difference_text(name, reference, ap, ap_reference, row):
+def difference_text(name, reference, ap, ap_reference, row, metric="AP50"):
     """A difference in words, up to the number of trainings.
 
     Parameters
@@ -123,16 +126,18 @@ def difference_text(name, reference, ap, ap_reference, row):
     name, reference : str
         The two sides.
     ap, ap_reference : float
-        Their AP50, fractions.
+        Their AP, fractions.
     row : dict
         With `delta`, `low`, `high`.
+    metric : str
+        What the AP is called.
 
     Returns
     -------
     str
     """
     return (
-        f"{name} against {reference}: AP50 {ap:.3f} and {ap_reference:.3f}, "
+        f"{name} against {reference}: {metric} {ap:.3f} and {ap_reference:.3f}, "
         f"difference {row['delta']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
     )
 

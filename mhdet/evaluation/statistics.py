@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AP_METRICS', 'BLOCK', 'SEED_SD', 'MDE_FACTOR', 'weighted_ap', 'bootstrap_ap', 'paired_diff', 'permutation_test',
-           'holm', 'judge', 'seeds_needed', 'compare_ap', 'plot_diffs']
+           'holm', 'judge', 'seeds_needed', 'resampled_ap', 'pooled_diff', 'compare_ap', 'plot_diffs']
 
 # %% ../../nbs/02_evaluation/04_statistics.ipynb #413d2af9
 import math
@@ -240,6 +240,41 @@ def _bootstrap_diff(ranked, n_images, n, seed):
     return np.concatenate(blocks, 1)
 
 
+def _two_levels(a, b, boot, seed, seed_sd, paired_seeds):
+    """The difference of two sides with the noise of images and of seeds.
+
+    a (seeds_a, K), b (seeds_b, K): AP of every training. boot (K, n): difference of the mean APs in
+    each draw of images. The first of the K is the mean over classes.
+    """
+    n = boot.shape[1]
+    s, variance, df = _seed_noise(a, b, paired_seeds, seed_sd)
+    rng = np.random.default_rng((seed, n))
+    draws = rng.standard_normal(n) if df == math.inf else rng.standard_t(df, n)
+    seed_noise = np.sqrt(variance)[:, None] * draws
+    # with either sign, so that b minus a mirrors a minus b exactly
+    noisy = np.concatenate([boot + seed_noise, boot - seed_noise], 1)
+    delta, span, of_mean = b.mean(0) - a.mean(0), _interval(noisy), noisy[0]
+    # each replicate is there with either sign: half the count is that of n replicates
+    tail = min((of_mean <= 0).sum(), (of_mean >= 0).sum()) / 2
+    seed_factor = MDE_FACTOR if df == math.inf else _mde_factor(df)
+    seeds_known = df < math.inf or seed_sd is not None
+    return dict(
+        delta=float(delta[0]),
+        low=float(span[0, 0]),
+        high=float(span[0, 1]),
+        p=float(min(1.0, 2 * (1 + tail) / (n + 1))),
+        sd=math.sqrt(boot[0].var(ddof=1) + variance[0]),
+        sd_pictures=float(boot[0].std(ddof=1)),
+        sd_seeds=float(s[0]) if seeds_known else None,
+        seeds_a=len(a),
+        seeds_b=len(b),
+        a=float(a[:, 0].mean()),
+        b=float(b[:, 0].mean()),
+        mde=math.hypot(MDE_FACTOR * boot[0].std(ddof=1), seed_factor * math.sqrt(variance[0])),
+        per_class=np.c_[delta, span][1:],
+    )
+
+
 def paired_diff(
     gt,
     dt_a,
@@ -292,32 +327,7 @@ def paired_diff(
     ranked = _ranked_sides(gt, dt_a, dt_b, nc, n_images, metric, inclusive)
     a, b = (_side_ap(side, np.ones((n_images, 1)))[..., 0] for side in ranked)
     boot = _bootstrap_diff(ranked, n_images, n, seed)
-    s, variance, df = _seed_noise(a, b, paired_seeds, seed_sd)
-    rng = np.random.default_rng((seed, n))
-    draws = rng.standard_normal(n) if df == math.inf else rng.standard_t(df, n)
-    seed_noise = np.sqrt(variance)[:, None] * draws
-    # with either sign, so that b minus a mirrors a minus b exactly
-    noisy = np.concatenate([boot + seed_noise, boot - seed_noise], 1)
-    delta, span, of_mean = b.mean(0) - a.mean(0), _interval(noisy), noisy[0]
-    # each replicate is there with either sign: half the count is that of n replicates
-    tail = min((of_mean <= 0).sum(), (of_mean >= 0).sum()) / 2
-    seed_factor = MDE_FACTOR if df == math.inf else _mde_factor(df)
-    seeds_known = df < math.inf or seed_sd is not None
-    return dict(
-        delta=float(delta[0]),
-        low=float(span[0, 0]),
-        high=float(span[0, 1]),
-        p=float(min(1.0, 2 * (1 + tail) / (n + 1))),
-        sd=math.sqrt(boot[0].var(ddof=1) + variance[0]),
-        sd_pictures=float(boot[0].std(ddof=1)),
-        sd_seeds=float(s[0]) if seeds_known else None,
-        seeds_a=len(a),
-        seeds_b=len(b),
-        a=float(a[:, 0].mean()),
-        b=float(b[:, 0].mean()),
-        mde=math.hypot(MDE_FACTOR * boot[0].std(ddof=1), seed_factor * math.sqrt(variance[0])),
-        per_class=np.c_[delta, span][1:],
-    )
+    return _two_levels(a, b, boot, seed, seed_sd, paired_seeds)
 
 # %% ../../nbs/02_evaluation/04_statistics.ipynb #ac824088
 def _two_halves(first, second, n_images):
@@ -475,6 +485,67 @@ def seeds_needed(delta, sd_pictures, sd_seeds):
     if len(enough):
         return int(enough[0]) + 2
     return math.ceil(2 * (MDE_FACTOR * sd_seeds) ** 2 / room)
+
+# %% ../../nbs/02_evaluation/04_statistics.ipynb #2828692a
+def resampled_ap(gt, dt, nc, n_images, n=500, seed=0, metric="AP50", inclusive=False):
+    """AP of one training on the test set and on n resampled ones, for `pooled_diff`.
+
+    Parameters
+    ----------
+    gt, dt, nc, n_images, metric, inclusive
+        As for `weighted_ap`.
+    n : int
+        Replicates.
+    seed : int
+        Of the draws: the same for every training that is to be compared.
+
+    Returns
+    -------
+    array (1 + n,)
+        AP on all images, then on each draw; the mean over classes, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        Unknown metric.
+    """
+    ranked = _ranked_curves(gt, dt, nc, n_images, metric, inclusive)
+    weights = [np.ones((n_images, 1)), *_draws(n_images, n, seed)]
+    return np.concatenate([_class_mean(_weighted_ap(ranked, w)) for w in weights])
+
+
+def pooled_diff(a, b, seed=0, seed_sd=None, paired_seeds=True, margin=0.005):
+    """Difference of AP, b minus a, from the resampled AP of every training.
+
+    Parameters
+    ----------
+    a, b : array (seeds, 1 + n)
+        A row of `resampled_ap` for each training, all with the same draws.
+    seed, seed_sd, paired_seeds
+        As for `paired_diff`.
+    margin : float
+        As for `judge`.
+
+    Returns
+    -------
+    dict
+        As from `paired_diff` for the same n and seed, without `per_class`; with `verdict`.
+
+    Raises
+    ------
+    ValueError
+        Sides with other numbers of draws, or unequal numbers of paired seeds.
+    """
+    a, b = (np.atleast_2d(np.asarray(side, float)) for side in (a, b))
+    if a.shape[1] != b.shape[1] or a.shape[1] < 3:
+        raise ValueError(
+            f"expected the same draws for both sides, 2 or more, got {a.shape[1] - 1} "
+            f"and {b.shape[1] - 1}"
+        )
+    boot = (b[:, 1:].mean(0) - a[:, 1:].mean(0))[None]
+    out = _two_levels(a[:, :1], b[:, :1], boot, seed, seed_sd, paired_seeds)
+    del out["per_class"]
+    return out | dict(verdict=judge(out["delta"], out["low"], out["high"], margin))
 
 # %% ../../nbs/02_evaluation/04_statistics.ipynb #212bb2dc
 def compare_ap(gt, dt_a, dt_b, nc, n_images, margin=0.005, seed_sd=None, swaps=0, **more):

@@ -39,11 +39,17 @@ class Arm(NamedTuple):
         Config keys that this arm alone has.
     source : str
         Where the arm was asked for, for messages.
+    heads : int, optional
+        Number of heads of the partition; None: that of the study.
+    shift : int
+        Added to the seed: the same arm, with the images in another order.
     """
 
     make: Callable | str | None
     changes: dict
     source: str = "--arms"
+    heads: int | None = None
+    shift: int = 0
 
 
 def _anti_confusion(names, matrix, counts, heads, seed):
@@ -72,17 +78,31 @@ ARMS = {
     "optimal": Arm(_optimal, {}),
     "together": Arm(_together, {}),
     "random": Arm(_random, {}),
+    "again": Arm(None, {}, shift=1000),
 }
+
+
+def _named(word):
+    "The arm of this name in `ARMS`, `split-8` being `split` with 8 heads; None if there is none."
+    if word in ARMS:
+        return ARMS[word]
+    name, _, number = word.rpartition("-")
+    if name in ARMS and callable(ARMS[name].make) and number.isdecimal() and int(number) > 1:
+        return ARMS[name]._replace(heads=int(number))
+    return None
 
 
 def _find_arm(word, source):
     "Name and arm that a word means: one of ours, or a head file."
-    if word in ARMS:
-        return word, ARMS[word]._replace(source=source)
+    if _named(word):
+        return word, _named(word)._replace(source=source)
     if Path(word).is_file():
         return Path(word).stem, Arm(str(word), {}, source)
     known = ", ".join(ARMS)
-    raise ValueError(f"{source}: must be one of {known}, or a head file; got '{word}'")
+    raise ValueError(
+        f"{source}: must be one of {known}, a partition with its own number of heads (split-8), "
+        f"or a head file; got '{word}'"
+    )
 
 
 def _check_arm_name(name, source):
@@ -97,14 +117,14 @@ def _check_arm_name(name, source):
 
 def _row_arm(name, keys, chosen, source):
     "The arm that a row of an arms file describes: a new one, or one that is there already."
-    arm = chosen.get(name) or ARMS.get(name) or ARMS["split"]
+    arm = chosen.get(name) or _named(name) or ARMS["split"]
     keys = dict(keys)
     if "heads" in keys:
         heads = keys.pop("heads")
         if name == "control" and heads is not None:
             raise ValueError(f"{source}: arm control: heads: it has one head, got {heads!r}")
         arm = Arm(None, {}) if heads is None else _find_arm(heads, f"{source}: arm {name}")[1]
-    return Arm(arm.make, arm.changes | keys, source)
+    return arm._replace(changes=arm.changes | keys, source=source)
 
 
 def arms(wanted=("split",), rows=None, source="--arms-file"):
@@ -116,7 +136,8 @@ def arms(wanted=("split",), rows=None, source="--arms-file"):
         Names in `ARMS`, or head files. `split` separates confused classes and trains on with the
         configuration's routing; `split-background` makes objects of other heads background;
         `split-source` has the loss of the source; `optimal` leaves the least confusion inside
-        heads, `together` the most; `random` groups classes by chance.
+        heads, `together` the most; `random` groups classes by chance. `split-8` is `split` with 8
+        heads, and so on. `again` is the control with its images in another order (A/A).
     rows : dict, optional
         As from `read_arms`: arm -> keys that it alone has. An arm that is not in `wanted` is added;
         its `heads` is a name in `ARMS`, a head file, or None for one head; default `split`.

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'LOSS_OPTIONS', 'design_of', 'load_run', 'is_weight_file', 'with_width', 'build', 'with_precision',
-           'make_loss', 'imported_model', 'import_run']
+           'make_teacher', 'make_loss', 'imported_model', 'import_run']
 
 # %% ../../nbs/06_experiment/01_models.ipynb #613ba7cd
 import importlib
@@ -18,6 +18,7 @@ from ..data.splits import _is_toy, open_data
 from .checks import write_images
 from ..model.classes import transfer_classes
 from ..model.detector import Detector
+from ..model.distillation import DistilledLoss
 from ..model.loss import RoutedLoss, scale_gains
 from ..model.surgery import fold_implicit, split_heads, transfer
 from ..model.trunks import load_pretrained, make_trunk
@@ -55,7 +56,7 @@ def design_of(cfg):
         given = getattr(network, field.name)
         if field.name in ("boxes", "adapter", "implicit") and given != field.default:
             raise ValueError(f"{field.name}={given}: means nothing with three_scale")
-    if network.transfer in ("intersect", "classes"):
+    if network.transfer in ("intersect", "trunk", "classes"):
         raise ValueError(f"transfer={network.transfer}: three_scale takes over all or nothing")
     return importlib.import_module("mhdet.threescale.training")
 
@@ -196,8 +197,11 @@ def _take_over(cfg, model, old):
     "Take over a part of the starting weights; a line that says which."
     weights, names = cfg.network.weights, model.head.partition.names
     try:
-        if cfg.network.transfer == "intersect":
-            return f"{weights}: {transfer(model, old.state_dict())} taken over"
+        if cfg.network.transfer in ("intersect", "trunk"):
+            state = old.state_dict()
+            if cfg.network.transfer == "trunk":
+                state = {k: v for k, v in state.items() if k.startswith("trunk.")}
+            return f"{weights}: {transfer(model, state)} taken over"
         fresh = transfer_classes(model, old)
     except ValueError as e:
         same = old.trunk.channels == model.trunk.channels
@@ -317,23 +321,66 @@ LOSS_OPTIONS = (
 )
 
 
-def make_loss(cfg, model):
+def make_teacher(cfg, names, root="runs"):
+    """The trained detector whose outputs a run should stay close to (`distill`).
+
+    Parameters
+    ----------
+    cfg : Config
+    names : list of str
+        Classes of the data set.
+    root : str or Path
+        Folder of all runs.
+
+    Returns
+    -------
+    Detector or None
+        None without one.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such run or file.
+    ValueError
+        `start` without `weights`; a file that is not readable; three scales.
+    """
+    teacher = cfg.loss.distill
+    if teacher is None:
+        return None
+    if design_of(cfg):
+        raise ValueError(f"distill={teacher}: means nothing with three_scale")
+    if teacher == "start":
+        teacher = cfg.network.weights
+        if not teacher:
+            raise ValueError("distill=start: expected weights=RUN or FILE to start from, got none")
+    try:
+        if is_weight_file(teacher, root):
+            own = cfg.override(heads=None, width=file_width(read_checkpoint(teacher).tensors))
+            return imported_model(teacher, read_checkpoint(teacher), own, names)
+        return load_run(teacher, root)[0]
+    except (FileNotFoundError, ValueError) as e:
+        raise type(e)(f"distill={cfg.loss.distill}: {e}") from None
+
+
+def make_loss(cfg, model, teacher=None):
     """Make the loss that a configuration describes, for the classes and levels of a model.
 
     Parameters
     ----------
     cfg : Config
     model : Detector
+    teacher : Detector, optional
+        As from `make_teacher`.
 
     Returns
     -------
     RoutedLoss
-        Or the loss of another design.
+        Or the loss of another design; with a teacher a `DistilledLoss`.
 
     Raises
     ------
     ValueError
-        An option that the loss does not know.
+        An option that the loss does not know; a teacher of other anchors or classes.
     """
     design = design_of(cfg)
     if design:
@@ -348,7 +395,7 @@ def make_loss(cfg, model):
         cfg.loss.cls_gain,
     )
     options = {name: getattr(cfg.loss, name) for name in LOSS_OPTIONS}
-    return RoutedLoss(
+    loss = RoutedLoss(
         head.partition,
         head.anchors.tolist(),
         head.strides,
@@ -356,6 +403,12 @@ def make_loss(cfg, model):
         **gains,
         **options,
     )
+    if teacher is None:
+        return loss
+    try:
+        return DistilledLoss(loss, head, teacher, cfg.loss.distill_gain)
+    except ValueError as e:
+        raise ValueError(f"distill={cfg.loss.distill}: {e}") from None
 
 # %% ../../nbs/06_experiment/01_models.ipynb #2213abd5
 def imported_model(source, file, cfg, names):
