@@ -125,7 +125,7 @@ def bag_loss(logits, offsets, anchors, boxes, labels, bag=50, low=0.6):
     Parameters
     ----------
     logits : Tensor (N, nc)
-        Class logits of the anchors.
+        Class logits of the anchors, in any precision; the loss is computed in float32.
     offsets : Tensor (N, 4)
         Predicted boxes: centre from the anchor's, in its width and height, over .1; logarithm of
         width and height over the anchor's, over .2.
@@ -155,7 +155,7 @@ def bag_loss(logits, offsets, anchors, boxes, labels, bag=50, low=0.6):
     Zhang et al. 2019 (FreeAnchor).
     """
     _check_bags(logits, offsets, anchors, boxes, labels)
-    score = logits.sigmoid()
+    score, offsets = logits.float().sigmoid(), offsets.float()
     k, objects = min(bag, len(anchors)), max(len(boxes), 1)
     members = box_iou(boxes, anchors).topk(k, dim=1).indices  # (M, k)
     # P_ij = score of the class of object i * exp(-.75 * smooth L1 of the box of anchor j)
