@@ -49,7 +49,7 @@ def bce(logit, target=None, pos_weight=1.0):
     return out + (pos_weight - 1) * target * F.softplus(-logit)
 
 # %% ../../nbs/04_model/06_loss.ipynb #a6822e70
-def focal(logit, target=None, gamma=1.5, alpha=0.25, pos_weight=1.0):
+def focal(logit, target=None, gamma=1.5, alpha=0.25, pos_weight=1.0, detach=False):
     """Focal loss: binary cross-entropy in which easy predictions count little.
 
     Parameters
@@ -63,6 +63,8 @@ def focal(logit, target=None, gamma=1.5, alpha=0.25, pos_weight=1.0):
         Factor on *yes*; *no* gets 1 - alpha.
     pos_weight : float
         As in `bce`.
+    detach : bool
+        Whether the power is a weight without a gradient.
 
     Returns
     -------
@@ -82,6 +84,8 @@ def focal(logit, target=None, gamma=1.5, alpha=0.25, pos_weight=1.0):
     t = 0.0 if target is None else target
     # 1 - p_t, the probability not given to the truth; a power below 1 has no finite slope at 0
     error = (t * (1 - p) + (1 - t) * p).clamp(min=1e-9)
+    if detach:
+        error = error.detach()
     return bce(logit, target, pos_weight) * error**gamma * (t * alpha + (1 - t) * (1 - alpha))
 
 # %% ../../nbs/04_model/06_loss.ipynb #74b7c73c
