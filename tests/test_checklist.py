@@ -160,7 +160,7 @@ def numbers(source):
                 value = eval(compile(ast.Expression(n), "", "eval"), {"__builtins__": {}})
             except (ArithmeticError, NameError, TypeError):  # not of literals alone
                 continue
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 out.append(value)
     return out
 
