@@ -5,6 +5,7 @@ and a piece of the assertion. No notebook is run here.
 """
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
@@ -82,6 +83,7 @@ def headings(text):
     return [(len(m[1]), m[2].strip()) for m in re.finditer(r"^(#+) (.+)$", text, re.M)]
 
 
+@functools.cache
 def read_cells(path):
     "Cells of a notebook, each with the headings that it is under; of one level the last counts."
     above, out = [], []
@@ -100,6 +102,7 @@ def read_cells(path):
     return out
 
 
+@functools.cache
 def asserts(cell):
     "Whether a cell has an assertion that is run by the tests."
     if cell.flags & NOT_RUN:
@@ -151,6 +154,7 @@ def fault(where, piece, folder):
     return ""
 
 
+@functools.cache
 def numbers(source):
     "Values of the literals of a source, and of arithmetic with them: 1.5, -2, 8 / 3."
     out = []
@@ -279,6 +283,7 @@ def test_a_missing_number_is_found(planted):
 def test_a_wrong_table_is_found(planted):
     lines = ["| concept | where | asserted by |", "| --- | --- | --- |", "| a: b | open | open |"]
     for extra, reason in (("| a: c | open | open |", "two rows"), ("| b | open |", "3 columns")):
+        read_cells.cache_clear()
         text = "\n".join([f"# A\n## {SECTION}", *lines, extra])
         cells = [dict(cell_type="markdown", source=[text])]
         (planted / "table.ipynb").write_text(json.dumps({"cells": cells}))
