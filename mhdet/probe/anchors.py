@@ -204,13 +204,14 @@ def square_coverage(anchors, sides, n=400, size=224, seed=0):
     return pd.DataFrame(rows, columns=["side", "iou40", "iou50"])
 
 # %% ../../nbs/07_probe/04_anchors.ipynb #a4d10017
-def plot_coverage(tables, ax=None):
-    """Coverage against the side of a square, for several sets of anchors.
+def plot_coverage(tables, column="iou50", ax=None):
+    """Coverage against the side of a square, for up to four sets of anchors.
 
     Parameters
     ----------
     tables : dict
         Name -> DataFrame of `square_coverage`.
+    column : {"iou40", "iou50"}
     ax : Axes, optional
 
     Returns
@@ -224,15 +225,13 @@ def plot_coverage(tables, ax=None):
     """
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(7, 3.2))[1]
-    styles = {"iou40": ("-", "IoU > .4"), "iou50": ("--", "IoU > .5")}
-    for (name, table), marker in zip(tables.items(), "osX^v", strict=False):
-        for column, (line, words) in styles.items():
-            colour = {"o": "0.6", "s": "black", "X": "0.3"}.get(marker, "0.45")
-            style = dict(ls=line, marker=marker, ms=4, c=colour, label=f"{name}, {words}")
-            ax.plot(table["side"], table[column], **style)
-    ax.set(xlabel="side of a square object (px)", ylabel="share covered", ylim=(-0.03, 1.03))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax = ax or plt.subplots(figsize=(5, 3))[1]
+    styles = [("0.6", "-", "o"), ("black", "-", "s"), ("black", "--", "x"), ("0.6", "--", "^")]
+    for (name, table), (colour, line, marker) in zip(tables.items(), styles, strict=False):
+        style = dict(c=colour, ls=line, marker=marker, ms=4, label=name)
+        ax.plot(table["side"], table[column], **style)
+    ax.set(xlabel="side of a square object (px)", ylim=(-0.03, 1.03))
+    ax.set_ylabel(f"share with IoU > .{column[3:].rstrip('0')}")
     return ax
 
 # %% ../../nbs/07_probe/04_anchors.ipynb #a4d1001c
@@ -265,7 +264,7 @@ def plot_anchors(image, boxes, anchors, ax=None):
     show_image(image, ax)
     best = anchors[box_iou(boxes, anchors).argmax(1)]
     for name, drawn, colour, width in (
-        ("anchor", best, "0.55", 1),
+        ("anchor", best, "0.8", 1.4),
         ("object", boxes, "black", 1.8),
     ):
         for k, (x0, y0, x1, y1) in enumerate(drawn.tolist()):
