@@ -93,7 +93,7 @@ class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     Raises
     ------
     ValueError
-        Anchors that are none.
+        Anchors of another form.
     """
 
     trunk: Annotated[

@@ -67,7 +67,9 @@ def design_of(cfg):
 
 def _given_anchors(network):
     "The anchors (L, A, 2) that a configuration has in numbers, or None."
-    return torch.tensor(network.anchors) if isinstance(network.anchors, list) else None
+    if isinstance(network.anchors, list):
+        return torch.tensor(network.anchors, dtype=torch.float32)
+    return None
 
 
 def _untrained(cfg, partition):
@@ -300,7 +302,7 @@ def build(cfg, names, root="runs", notes=None):
     return old
 
 # %% ../../nbs/06_experiment/01_models.ipynb #a4c40002
-_ENOUGH = 20_000  # boxes; of more, evenly spaced ones say the same
+_ENOUGH = 20_000  # boxes; of more, evenly spaced ones are taken
 
 
 def _input_sizes(records, data):
@@ -359,7 +361,9 @@ def with_anchors(cfg, records, notes=None):
         words = {"iou": "mean best IoU", "above": "IoU of .5 or more", "within": "matched"}
         parts = [f"{word} {before[k]:.3f} -> {after[k]:.3f}" for k, word in words.items()]
         where = f"{len(sizes):,} boxes of train at {cfg.data.imgsz} px"
-        notes.append(f"anchors=fit: {where}, default -> fitted: {', '.join(parts)}")
+        line = f"anchors=fit: {where}, default -> fitted: {', '.join(parts)}"
+        stay = np.array_equal(anchors, ANCHORS)
+        notes.append(line + ("; none is better, the default ones stay" if stay else ""))
     return cfg.override(anchors=_as_numbers(anchors))
 
 
