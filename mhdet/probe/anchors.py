@@ -205,7 +205,7 @@ def square_coverage(anchors, sides, n=400, size=224, seed=0):
 
 # %% ../../nbs/07_probe/04_anchors.ipynb #a4d10017
 def plot_coverage(tables, column="iou50", ax=None):
-    """Coverage against the side of a square, for up to four sets of anchors.
+    """Coverage against the side of a square, for several sets of anchors.
 
     Parameters
     ----------
@@ -227,7 +227,8 @@ def plot_coverage(tables, column="iou50", ax=None):
 
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     styles = [("0.6", "-", "o"), ("black", "-", "s"), ("black", "--", "x"), ("0.6", "--", "^")]
-    for (name, table), (colour, line, marker) in zip(tables.items(), styles, strict=False):
+    for k, (name, table) in enumerate(tables.items()):
+        colour, line, marker = styles[k % len(styles)]
         style = dict(c=colour, ls=line, marker=marker, ms=4, label=name)
         ax.plot(table["side"], table[column], **style)
     ax.set(xlabel="side of a square object (px)", ylim=(-0.03, 1.03))
