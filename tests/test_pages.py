@@ -328,9 +328,9 @@ def test_names_exist(rule):
         (wrong_commands, "`--rezume`", ["--rezume"]),
         (wrong_commands, "`epoch=3 lr=.1`", ["epoch"]),
         (wrong_commands, "`mhdet split RUN --heads H.yaml`, `--data D`, `weights=RUN@best`", []),
-        (wrong_functions, "`fit_anchors(data)`", ["fit_anchors()"]),
+        (wrong_functions, "`fit_boxes(data)`", ["fit_boxes()"]),
         (wrong_functions, "`mhdet.model.loss.nothing(x)`", ["mhdet.model.loss.nothing()"]),
-        (wrong_identifiers, "`fit_anchors`, `label_smoothing`", ["fit_anchors"]),
+        (wrong_identifiers, "`fit_boxes`, `label_smoothing`", ["fit_boxes"]),
         (wrong_functions, "`load_config(file)`, `rename(2)`, `max(a, b)`", []),
     ],
 )

@@ -145,7 +145,7 @@ def _import(
     from mhdet.core.config import load_config
     from mhdet.experiment.models import import_run, load_run
 
-    for key in ("run", "weights", "width"):
+    for key in ("run", "weights", "width", "anchors"):
         if key in chosen:
             raise ValueError(f"'{key}' changes nothing here: it follows from FILE and --out")
     if chosen.get("transfer", "exact") not in ("exact", "classes"):

@@ -83,8 +83,18 @@ class DataConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     head_aware: Annotated[str | None, _about("a YAML of augmentations per head")] = None
 
 # %% ../../nbs/00_core/01_config.ipynb #90d06d88
+_Level = Annotated[list[tuple[_Above, _Above]], Meta(min_length=3, max_length=3)]
+_Anchors = Annotated[list[_Level], Meta(min_length=3, max_length=3)]
+
+
 class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The `network` group: the trunk, the heads, and the weights to start from."""
+    """The `network` group: the trunk, the heads, and the weights to start from.
+
+    Raises
+    ------
+    ValueError
+        Anchors of another form.
+    """
 
     trunk: Annotated[
         _Text,
@@ -109,6 +119,14 @@ class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = "none"
     implicit: Annotated[bool, _about("learned vectors of YOLOv7's detect layer")] = False
     norm_layer: Annotated[Literal["bn", "gn"], _about("batch or group normalisation")] = "bn"
+    anchors: Annotated[
+        str | list | None,
+        _about(
+            "null: those of `weights`, or YOLOv7-tiny's; `fit`: to the boxes of train at `imgsz`; "
+            "or 3 levels of 3 [w, h]",
+            "px",
+        ),
+    ] = None
     three_scale: Annotated[
         dict[str, float | bool | str] | None,
         _about("a `ThreeScale` in place of heads: `{}`, or its options; null: heads"),
@@ -121,6 +139,14 @@ class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             "nothing"
         ),
     ] = "exact"
+
+    def __post_init__(self):
+        try:
+            msgspec.convert(self.anchors, Literal["fit"] | _Anchors | None)
+        except msgspec.ValidationError:
+            allowed = "null, fit or 3 levels of 3 [width, height] above 0 px"
+            got = str(self.anchors)[:200]
+            raise ValueError(f"anchors: must be {allowed}, got {got}") from None
 
 # %% ../../nbs/00_core/01_config.ipynb #3f93fee1
 class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

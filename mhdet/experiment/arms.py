@@ -222,6 +222,7 @@ _SAME = (
     "pretrained",
     "width",
     "norm_layer",
+    "anchors",
     "device",
 )
 
@@ -274,7 +275,7 @@ def arm_config(cfg, name, arm, keys, heads=None):
     ----------
     cfg : Config
         Of the study: that of the single head, which the arm inherits except for `freeze` and
-        `stages`.
+        `stages`; its anchors come with its weights.
     name : str
     arm : Arm
     keys : dict
@@ -292,7 +293,7 @@ def arm_config(cfg, name, arm, keys, heads=None):
     ValueError
         An unknown key, a wrong value, or a key that an arm cannot have; says whose it is.
     """
-    own = dict(freeze=None, stages=[], transfer="exact", pretrained="none")
+    own = dict(freeze=None, stages=[], transfer="exact", pretrained="none", anchors=None)
     places = {"arm.": {}, f"{arm.source}: arm {name}: ": arm.changes}
     _check_keys(arm.changes, f"{arm.source}: arm {name}: ", row=True)
     for where, changes in places.items():
@@ -320,7 +321,7 @@ def keys_text(keys):
 _OWN = ("run", "weights", "transfer", "pretrained", "heads", "freeze", "stages")  # of that training
 _MACHINE = ("device", "max_hours", "track")
 _IDLE = {"epochs": "arm.epochs", "lr": "arm.lr", "freeze": "arm.freeze", "stages": "arm.stages"}
-_IDLE |= dict.fromkeys(("weights", "transfer", "pretrained"), "--base")
+_IDLE |= dict.fromkeys(("weights", "transfer", "pretrained", "anchors"), "--base")
 
 
 def _inherited(ref, chosen, root):

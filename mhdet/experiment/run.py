@@ -47,8 +47,10 @@ from .inference import dataset, limits, predict
 from mhdet.experiment.models import (
     build,
     design_of,
+    keep_anchors,
     make_loss,
     make_teacher,
+    with_anchors,
     with_precision,
     with_width,
 )
@@ -280,14 +282,18 @@ def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",)
     Raises
     ------
     ValueError, FileNotFoundError
-        As the functions of `experiment.checks`, `build`, `make_loss` and `callbacks` do.
+        As the functions of `experiment.checks`, `with_anchors`, `build`, `make_loss` and
+        `callbacks` do.
     """
     _check_device(cfg.training.device, cfg.training.precision)
     notes = [*_slow_precision(cfg.training), *check_splits(cfg, splits, needed)]
     if run:
         notes += check_resume(run, cfg, splits)
     check_batch(cfg, len(splits["train"]), processes)
-    build_cfg = _resumed_build(run or start, cfg) if run or start else cfg
+    if run or start:
+        build_cfg = _resumed_build(run or start, cfg)
+    else:
+        build_cfg = with_anchors(cfg, splits["train"], notes)
     model = build(build_cfg, splits["train"].names, root, notes)
     design = design_of(cfg)
     if design:
@@ -417,6 +423,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=(), told
     splits = splits or open_data(cfg.data.data, dev=cfg.data.dev)
     process = (accelerator.process_index, accelerator.num_processes)
     model, notes = check_run(cfg, splits, root, run, process[1], start=start_run)
+    cfg = keep_anchors(cfg, model)
     if own_data and not run and accelerator.is_main_process:
         notes += leak_lines(cfg.data.data, splits, Path(root) / ".cache")
     partition = model.head.partition

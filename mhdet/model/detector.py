@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.boxes import nms
 from .backbone import yolov7_tiny
-from .multihead import MultiHead, check_levels, per_anchor
+from .multihead import ANCHORS, MultiHead, check_levels, per_anchor
 
 # %% ../../nbs/04_model/02_detector.ipynb #f05b3cf1
 class Detector(nn.Module):
@@ -51,10 +51,11 @@ class Detector(nn.Module):
         boxes="head",
         adapter="none",
         trunk=None,
+        anchors=ANCHORS,
     ):
         "A detector with initial weights; arguments of `yolov7_tiny`, or `trunk`, and `MultiHead`."
         trunk = yolov7_tiny(width, norm) if trunk is None else trunk
-        head = MultiHead(partition, trunk.channels, implicit, boxes=boxes, adapter=adapter)
+        head = MultiHead(partition, trunk.channels, implicit, anchors, boxes=boxes, adapter=adapter)
         return cls(trunk, head).to(memory_format=torch.channels_last)
 
     def forward(self, x):

@@ -6,7 +6,7 @@
 __all__ = ['TERMS', 'make_trunk', 'make_model', 'fit_to_data', 'make_loss', 'callbacks']
 
 # %% ../../nbs/09_threescale/02_training.ipynb #d9020003
-from ..model.assign import fit_priors
+from ..model.assign import fit_anchors
 from .detector import ThreeScale, plain_trunk
 from .loss import LossEpoch, ThreeScaleLoss
 
@@ -87,8 +87,8 @@ def fit_to_data(cfg, model, records):
     side = records.sizes.max(1)[records.gt["image"]]
     sizes = (records.gt["box"][:, 2:] - records.gt["box"][:, :2]) / side[:, None]
     sizes = sizes[~records.gt["crowd"] & (sizes > 0).all(1)]
-    priors = fit_priors(sizes, model.priors[..., 0].numel(), cfg.training.seed)
-    model.priors.copy_(priors.view_as(model.priors))  # by area: the smallest at stride 8
+    priors = fit_anchors(sizes, *model.priors.shape[:2], cfg.training.seed)
+    model.priors.copy_(priors)  # by area: the smallest at stride 8
 
 
 def make_loss(cfg, model):
