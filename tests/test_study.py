@@ -124,8 +124,10 @@ def test_a_base_for_each_seed_or_one_for_all(here):
 
 
 def test_every_base_has_its_own_partition_and_studies_add_up(here):
-    Path("taught.yaml").write_text("rows: {taught: {heads: null, distill: start}}")
-    bases = "--base first --base second --arms random,again --arms-file taught.yaml"
+    text = "rows: {taught: {heads: null, distill: start}, random: {head_aware: aware.yaml}}"
+    Path("taught.yaml").write_text(text)
+    Path("aware.yaml").write_text("\n".join(f"head_{h}: {{degrees: {h}}}" for h in range(4)))
+    bases = "--base first --base second --arms again --arms-file taught.yaml"
     study = result(f"study own {bases} --metric voc extra_epochs=1")
     arms = {arm["name"]: arm for arm in study["arms"]}
     assert arms.keys() == {"control", "random", "again", "taught"}

@@ -18,6 +18,7 @@ from tqdm.std import tqdm
 
 from ..core.config import Config, load_config
 from ..core.runs import check_run_name
+from ..data.augment import compose
 from ..data.problems import problem_lines
 from ..data.splits import open_data
 from ..evaluation.compare import correct_verdicts, differences, mean_errors
@@ -262,7 +263,14 @@ def _check_bases(cfg, refs, seeds, data, root, folder):
     return notes
 
 
-def _check_arms(cfg, chosen, keys, data, root, folder, refs):
+def _check_head_aware(own, arm, heads, nc):
+    "Check augmentation by head on heads that will be made; the configuration without it."
+    made = np.arange(nc) % (arm.heads or heads or min(4, nc))
+    compose(own.data, own.training.epochs, made)
+    return own.override(head_aware=None)
+
+
+def _check_arms(cfg, chosen, keys, data, root, folder, refs, heads):
     "Refuse arms that could not begin; what should be told."
     needed, notes, first = ("train", "dev", "val"), [], f"base-s{cfg.training.seed}"
     weights = None
@@ -273,6 +281,8 @@ def _check_arms(cfg, chosen, keys, data, root, folder, refs):
     for name, arm in chosen.items():
         check_run_name(f"{folder.name}/{name}-s0", root)
         own = arm_config(cfg, name, arm, keys, _head_file(folder, name, arm))
+        if own.data.head_aware and callable(arm.make) and not own.network.heads:
+            own = _check_head_aware(own, arm, heads, len(data["train"].names))
         notes += check_run(own.override(weights=weights), data, root, needed=needed)[1]
     return notes
 
@@ -299,7 +309,7 @@ def _check_study(cfg, seeds, chosen, keys, heads, refs, root, folder, allow_leak
     data, note = open_data(cfg.data.data, dev=cfg.data.dev), ""
     notes = [] if refs else _frozen_base(cfg)
     notes += _check_bases(cfg, refs, seeds, data, root, folder)
-    notes += _check_arms(cfg, chosen, keys, data, root, folder, refs)
+    notes += _check_arms(cfg, chosen, keys, data, root, folder, refs, heads)
     nc = len(data["train"].names)
     if any(callable(arm.make) for arm in chosen.values()):
         heads, note = check_partition(cfg.data.data, nc, heads)
