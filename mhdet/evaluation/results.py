@@ -153,7 +153,7 @@ def write_results(path, dt, ids, cats):
     """
     for name, known, hint in (
         ("image", ids, ""),
-        ("label", cats, " (torchvision's labels from 1: its 0 is the background)"),
+        ("label", cats, " (torchvision counts from 1, its 0 is the background)"),
     ):
         wrong = dt[name][(dt[name] < 0) | (dt[name] >= len(known))]
         if len(wrong):
