@@ -258,7 +258,9 @@ def _likely_square(truth, dt):
     def covered(box):
         return len(_on_objects(truth.gt, image, box, score)[0])
 
-    if not len(best) or not (size > 0).all() or (as_is := covered(box)) > 0.3 * len(best):
+    if not len(best) or not (size > 0).all() or box[:, 2:].max() <= 0:
+        return None
+    if (as_is := covered(box)) > 0.3 * len(best):
         return None
     counts = {}
     for k in range(3):
