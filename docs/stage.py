@@ -54,6 +54,7 @@ BEGIN = [
     "docs/diagnose",
     "nbs/tutorials/own_data",
     "nbs/tutorials/compare",
+    "nbs/tutorials/torchvision",
     "nbs/tutorials/library",
     "docs/study",
     "docs/coco",

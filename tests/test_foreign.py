@@ -447,6 +447,17 @@ def test_boxes_past_the_image_are_counted(here):
 
 @situation(
     "results",
+    "Boxes in pixels of the square that the network saw",
+    "told, with the side of the square; read as they stand",
+)
+def test_boxes_of_the_network_are_noticed(here):
+    square = XYWH * (64 / W) + [0, (64 - 64 * H / W) / 2, 0, 0]
+    assert "looks like pixels of a square of 64 px" in read(rows(bbox=square))[2]
+    assert "looks like" not in read(rows())[2]
+
+
+@situation(
+    "results",
     "Scores of 0..100",
     "told, and read",
 )

@@ -244,6 +244,50 @@ def _likely_boxes(truth, image, numbers, score):
     return likely if sure and likely != "xywh" else None, counts
 
 
+def _likely_square(truth, dt):
+    """Side of a square, px, in whose pixels the boxes seem to be, and objects covered: so, as is.
+
+    A network sees a square, to which an image is fitted or stretched; boxes that are not brought
+    back from there are valid ones of another scale. Sides are multiples of 32, such as the boxes
+    nearly fill; of the detections the best count, as many as there are objects. None: as they are.
+    """
+    best = np.argsort(-dt["score"], kind="stable")[: min(len(truth.gt["label"]), 20_000)]
+    image, box, score = (dt[k][best] for k in ("image", "box", "score"))
+    size = truth.sizes[image]
+
+    def covered(box):
+        return len(_on_objects(truth.gt, image, box, score)[0])
+
+    if not len(best) or not (size > 0).all() or box[:, 2:].max() <= 0:
+        return None
+    if (as_is := covered(box)) > 0.3 * len(best):
+        return None
+    counts = {}
+    for k in range(3):
+        side = 32 * (math.ceil(box[:, 2:].max() / 32) - k)
+        # fitted: x_square = x scale + padding, in x and y alike; stretched: x_square = x side / w
+        scale = side / size.max(1, keepdims=True)
+        padding = np.tile(side - size * scale, 2) / 2
+        if side > 0:
+            fitted, stretched = (box - padding) / scale, box * np.tile(size, 2) / side
+            counts[side] = max(covered(fitted), covered(stretched))
+    side = max(counts, key=counts.get)
+    sure = counts[side] >= max(8, 4 * as_is, 0.2 * len(best))
+    return (side, counts[side], as_is, len(best)) if sure else None
+
+
+def _say_square(path, truth, dt):
+    "Say so where boxes seem to be in pixels of what the network saw."
+    if likely := _likely_square(truth, dt):
+        side, most, as_is, n = likely
+        _say(
+            path,
+            f"bbox looks like pixels of a square of {side} px that the network saw, not of the "
+            f"stored image: so read, {most:,} objects are covered by the {n:,} best boxes, as it "
+            f"stands {as_is:,}; it is read as it stands",
+        )
+
+
 def _place_boxes(path, rows, truth, dt, form):
     "Boxes as xyxy, px."
     numbers = np.c_[dt["box"][:, :2], dt["box"][:, 2:] - dt["box"][:, :2]]
@@ -262,6 +306,7 @@ def _place_boxes(path, rows, truth, dt, form):
         if past.sum() >= max(5, len(past) / 4):
             text = f"{past.sum():,} of {len(past):,} boxes go past their image"
             _say(path, f"{text}; were the images of another size?")
+        _say_square(path, truth, dt)
     if form in (None, "xywh"):
         return dt["box"]
     if form.endswith("-share") and not (size > 0).all():

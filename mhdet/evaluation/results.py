@@ -142,10 +142,25 @@ def write_results(path, dt, ids, cats):
     ids, cats : list
         Image and category ids by position.
 
+    Raises
+    ------
+    ValueError
+        An image or a label that is no position in `ids` or `cats`.
+
     References
     ----------
     COCO results format.
     """
+    for name, known, hint in (
+        ("image", ids, ""),
+        ("label", cats, " (torchvision counts from 1, its 0 is the background)"),
+    ):
+        wrong = dt[name][(dt[name] < 0) | (dt[name] >= len(known))]
+        if len(wrong):
+            raise ValueError(
+                f"{path}: {name} {wrong[0]}: expected a position among {len(known)}, "
+                f"counted from 0{hint}"
+            )
     xywh = np.c_[dt["box"][:, :2], dt["box"][:, 2:] - dt["box"][:, :2]]
     columns = (dt["image"], dt["label"], xywh, dt["score"])
     rows = []
