@@ -1,6 +1,7 @@
 """One thread per test process and for its children: more threads than cores are slower than one."""
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -9,11 +10,33 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    "Tests marked `slow` run with MHDET_ALL=1 only."
+    """Tests marked `slow` run with MHDET_ALL=1 only.
+
+    Chapters come first, then files with few tests, which are long ones: no process has much left
+    to do when the others are done.
+    """
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem != "test_notebooks", count[item.path]))
     if os.environ.get("MHDET_ALL") != "1":
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes half a minute: MHDET_ALL=1"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file stays in one process, of the chapters each package; in the order above."
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return nodeid.rpartition("/")[0] if file.endswith("test_notebooks.py") else file
+
+    if config.getvalue("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

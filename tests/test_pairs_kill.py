@@ -3,6 +3,7 @@
 This file is also the program that is killed, by SIGKILL, between two of its batches.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,14 @@ import pytest
 import torch
 from processes import LIMIT
 
+from mhdet.core.runs import JsonLog
+from mhdet.pairs.config import load_pairs_config
+from mhdet.pairs.panorama import read_panoramas
+from mhdet.pairs.toy import write_toy
+from mhdet.pairs.training import train_pairs
+from mhdet.training.checkpoint import flatten, load
+from mhdet.training.learner import Callback
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [
     *("image_size=32", "tiny_width=8", "hidden=[16]", "batch=8", "device=cpu", "run=run"),
@@ -22,11 +31,6 @@ WORDS = [
 
 def main(root, stage, steps):
     "Train or continue; die in a stage after so many steps of it, if it comes to that."
-    from mhdet.pairs.config import load_pairs_config
-    from mhdet.pairs.panorama import read_panoramas
-    from mhdet.pairs.training import train_pairs
-    from mhdet.training.learner import Callback
-
     torch.set_num_threads(1)
 
     class Die(Callback):
@@ -41,17 +45,26 @@ def main(root, stage, steps):
     )
 
 
-def start(root, stage=0, steps=0):
-    command = [sys.executable, __file__, "child", str(root), str(stage), str(steps)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, timeout=LIMIT).returncode
+class Program:
+    "This file as a program that has its libraries imported, and trains each time in a fork."
+
+    def __enter__(self):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, **pipes)
+        return self
+
+    def start(self, root, stage=0, steps=0):
+        "The exit code of a training."
+        print(json.dumps([str(root), stage, steps]), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def __exit__(self, *_):
+        self.process.communicate(timeout=LIMIT)
 
 
 def outcome(root):
     "Tensors of every stored state, and the log without times."
-    from mhdet.core.runs import JsonLog
-    from mhdet.training.checkpoint import flatten, load
-
     run, tensors, rows = root / "run", {}, []
     for path in sorted(run.glob("stage*/*/0.json")):
         tree = load(path.parent)[0]
@@ -66,18 +79,22 @@ def outcome(root):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    from mhdet.pairs.toy import write_toy
+def program():
+    with Program() as program:
+        yield program
 
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, program):
     folder = tmp_path_factory.mktemp("pairs")
     write_toy(folder / "toy", scenes=8, frames=2)
     (folder / "whole").mkdir()
-    assert start(folder / "whole") == 0
+    assert program.start(folder / "whole") == 0
     return folder
 
 
-def test_killed_in_both_stages_it_ends_at_the_same_bits(toy):
-    root = toy / "killed"
+def test_killed_in_both_stages_it_ends_at_the_same_bits(toy, program):
+    start, root = program.start, toy / "killed"
     root.mkdir()
     assert start(root, 1, 9) == -signal.SIGKILL
     assert (root / "run/stage1/last").is_dir() and not (root / "run/stage2").exists()
@@ -100,4 +117,10 @@ def test_killed_in_both_stages_it_ends_at_the_same_bits(toy):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    for line in sys.stdin:
+        place, stage, steps = json.loads(line)
+        child = os.fork()
+        if not child:
+            main(Path(place), stage, steps)
+            break
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
