@@ -413,7 +413,8 @@ class Deadline(Callback):
 class EarlyStop(Callback):
     """Ends a fit when a value of the log row has not grown for so many checks.
 
-    A check is an epoch whose row has the key. Put it after the `Recorder` and before `Checkpoint`.
+    A check is an epoch whose row has the key. A value that is not finite ends the fit at once. Put
+    it after the `Recorder` and before `Checkpoint`.
 
     Parameters
     ----------
@@ -448,10 +449,12 @@ class EarlyStop(Callback):
         value = learner.row.get(self.key)
         if value is None:
             return
-        if value > self.best + self.min_delta:
+        if math.isfinite(value) and value > self.best + self.min_delta:
             self.best, self.since = value, 0
         else:
             self.since += 1
+        if not math.isfinite(value):
+            raise StopFit(f"{self.key} is not finite: {value}")
         self.before_epoch(learner)
 
     def state_dict(self):
