@@ -128,7 +128,7 @@ def test_every_base_has_its_own_partition_and_studies_add_up(here):
     Path("taught.yaml").write_text(text)
     Path("aware.yaml").write_text("\n".join(f"head_{h}: {{degrees: {h}}}" for h in range(4)))
     bases = "--base first --base second --arms again --arms-file taught.yaml"
-    study = result(f"study own {bases} --metric voc extra_epochs=1")
+    study = result(f"study own {bases} --metric voc --on dev extra_epochs=1")
     arms = {arm["name"]: arm for arm in study["arms"]}
     assert arms.keys() == {"control", "random", "again", "taught"}
     files = [Path("runs/own", f"heads-random{more}.yaml").read_text() for more in ("", "-s1")]
@@ -139,7 +139,7 @@ def test_every_base_has_its_own_partition_and_studies_add_up(here):
     assert [config(f"own/again-s{seed}")["seed"] for seed in (0, 1)] == [1000, 1001]
     log = JsonLog("runs/own/taught-s0/log.jsonl").rows()[-1]
     assert log["train/distil"] > 0 and config("own/taught-s0")["distill"] == "start"
-    assert "VOC AP50" in study["sentence"]
+    assert "VOC AP50" in study["sentence"] and study["on"] == "dev"
     pooled = {row["name"]: row for row in result("study --pool own")}
     assert pooled["random"]["delta"] == pytest.approx(arms["random"]["delta"], abs=1e-5)
     assert (pooled["random"]["n"], pooled["control"]["delta"]) == (2, None)
@@ -253,6 +253,7 @@ REFUSED = {
     "study new --base first --arms others.yaml": "others.yaml: made for other classes",
     "study new --base first --arms none": "or a head file; got 'none'",
     "study new --base first --arms split-13": "--arms: arm split-13: 13 heads, but 12 classes",
+    "study new --base first --on test": "--on: must be val or dev; got 'test'",
     "study new --base first --metric f1": "--metric: must be one of AP50, AP, voc; got 'f1'",
     "study new --base first distill=absent": "distill=absent: absent: no run there",
     "study new --base first --arms halves.yaml,more/halves.yaml": "would both be arm 'halves'",

@@ -415,7 +415,7 @@ def _resumed_study(name, chosen, allow_leak):
     request["allow_leak"] |= allow_leak
     request["chosen"] |= _resumable(name, chosen)
     older = {"base": [], "keys": {}, "rows": {}, "arms_file": None, "against": "control"}
-    return older | {"metric": "AP50"} | request
+    return older | {"metric": "AP50", "on": "val"} | request
 
 
 def _new_study(name, chosen, asked):
@@ -471,6 +471,7 @@ def _study(
     arms_file: str = option(None, "Keys of single arms: a file like a sweep's.", "--arms-file"),
     against: str = option("control", "The arm that the others are compared with."),
     metric: str = option("AP50", "What the verdict is about: AP50, AP or voc (VOC's AP50)."),
+    on: str = option("val", "Split of the verdict: val, or dev, which leaves val closed."),
     pool: str = option(None, "Train nothing: the verdict over these finished studies or runs.csv."),
     num_heads: int = option(None, "Heads of the partition: 4, or as many as classes if fewer."),
     heads: str = option(None, "Not here: the study makes its head files itself.", hidden=True),
@@ -500,7 +501,7 @@ def _study(
     asked = {"seeds": max(1, len(base)) if seeds is None else seeds, "heads": num_heads}
     asked |= {"arms": arms or ("control" if arms_file else "split,control"), "base": base}
     asked |= {"arms_file": arms_file, "against": against, "allow_leak": allow_leak}
-    asked |= {"metric": metric}
+    asked |= {"metric": metric, "on": on}
     if resume:
         request = _resumed_study(name, chosen, allow_leak)
     else:
@@ -512,7 +513,7 @@ def _study(
         print(line)
 
     cfg, wanted = load_config(request["chosen"]), request["arms"].split(",")
-    options = ("heads", "allow_leak", "keys", "rows", "against", "metric")
+    options = ("heads", "allow_leak", "keys", "rows", "against", "metric", "on")
     same = {key: request[key] for key in options}
     same |= {"bases": request["base"], "source": request["arms_file"] or "--arms-file"}
     per_row = _per_row(cpus_per_row, gpus_per_row)

@@ -460,6 +460,7 @@ def study(
     source="--arms-file",
     engine=None,
     metric="AP50",
+    on="val",
 ):
     """Train a single head, split it, train the arms on, and compare them at matched budget.
 
@@ -500,13 +501,16 @@ def study(
     metric : {"AP50", "AP", "voc"}
         What the verdict is about: COCO's AP50 or AP, or VOC's AP50 (area), which leaves out
         difficult objects.
+    on : {"val", "dev"}
+        The split on which the arms are compared. `dev` is for screening, and val stays closed: the
+        partitions were chosen on dev too.
 
     Returns
     -------
     dict
         `baseline`, `split`, `card`, `arms`, `leaks`, `folder`, `sentence`, `seconds`; `bases`, how
-        many, and `base`, which, if they were given; `keys`, `against`, `metric`. The folder gets
-        `report.md`, `table.csv`, `heads.csv`, `study.json`, `confusion.csv` (the sum over the
+        many, and `base`, which, if they were given; `keys`, `against`, `metric`, `on`. The folder
+        gets `report.md`, `table.csv`, `heads.csv`, `study.json`, `confusion.csv` (the sum over the
         bases), `heads-ARM.yaml` (and `heads-ARM-s1.yaml`, of the base of seed 1), `runs.csv` with
         the figures of every training and its AP on 500 draws of the test images, `fig/`.
 
@@ -530,6 +534,8 @@ def study(
     check_engine(**engine or {})
     if metric not in METRICS:
         raise ValueError(f"--metric: must be one of {', '.join(METRICS)}; got '{metric}'")
+    if on not in ("val", "dev"):
+        raise ValueError(f"--on: must be val or dev; got '{on}'")
     chosen, keys = arms(wanted, rows, source), arm_keys(cfg, keys or {})
     cfg = cfg.override(extra_epochs=keys["epochs"], extra_lr=keys["lr"])
     if against not in chosen:
@@ -554,9 +560,9 @@ def study(
     matrix = np.sum(matrices, 0)
     write_confusion(folder / "confusion.csv", matrix, names)
     trained = course.arms(chosen, keys, bases, seeds, matrices, heads)
-    say("4/4 figures on val")
-    val = dataset(cfg, data["val"])
-    tell(problem_lines({"val": val.records}, cfg.data.data), told)
+    say(f"4/4 figures on {on}")
+    val = dataset(cfg, data[on])
+    tell(problem_lines({on: val.records}, cfg.data.data), told)
     partitions = {}
     for arm, runs in trained.items():
         if chosen[arm].make is not None:
@@ -565,7 +571,7 @@ def study(
     result = dict(baseline=_mean(base), split={}, card={}, folder=str(folder), leaks=found)
     result |= dict(bases=len(bases), base=_base_texts(refs, bases), keys=keys, against=against)
     compared = _compare_arms(cfg, val, trained, device, against, partitions, metric)
-    result |= dict(metric=metric, arms=compared[0], runs=compared[1])
+    result |= dict(metric=metric, on=on, arms=compared[0], runs=compared[1])
     for row in result["arms"]:
         row["changes"] = chosen[row["name"]].changes
     for partition, *_ in list(partitions.values())[:1]:
