@@ -69,7 +69,7 @@ SYMPTOMS = {
         "confusion", "share of a class under one other name, worst class", "above", 0.7, "confusion"
     ),
     "batch-norm drift": Symptom(
-        "norms", "running from batch statistics, sd, worst layer", "above", 1.0, "norms"
+        "norms", "running from batch statistics, sd, first layer beyond", "above", 1.0, "norms"
     ),
     "anchor scale": Symptom(
         "anchors", "share of objects within a factor 4 of an anchor", "below", 0.9, "anchors"
@@ -307,7 +307,9 @@ def norm_drift(model, images):
 
 
 def read_norms(drift):
-    """The batch norm with the largest drift.
+    """The first batch norm whose drift is beyond the limit, or the one with the largest.
+
+    The first, because layers after it may drift for its sake.
 
     Parameters
     ----------
@@ -324,8 +326,10 @@ def read_norms(drift):
     ValueError
         No layer.
     """
-    worst = max(drift, key=drift.get)
-    return reading("batch-norm drift", drift[worst], worst)
+    limit = SYMPTOMS["batch-norm drift"].limit
+    layer = next((name for name, value in drift.items() if value >= limit), None)
+    layer = layer or max(drift, key=drift.get)
+    return reading("batch-norm drift", drift[layer], layer)
 
 
 def plot_drift(drift, ax=None):
@@ -344,12 +348,13 @@ def plot_drift(drift, ax=None):
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots(figsize=(6.4, 2.6))[1]
-    worst, limit = read_norms(drift), SYMPTOMS["batch-norm drift"].limit
-    ax.plot([*drift.values()], "-", c="black", marker=".", label="this batch")
+    values, limit = [*drift.values()], SYMPTOMS["batch-norm drift"].limit
+    ax.plot(values, "-", c="black", marker=".", label="this batch")
     ax.axhline(limit, c="grey", ls="--", lw=1, label="limit")
     ax.set(xlabel="batch norm, in the order of computation", ylabel="drift (sd)")
-    ax.set_ylim(0, 1.25 * max(worst.reading, limit))
-    ax.set_title(f"Farthest from its running statistics: {worst.where}, {worst.reading:.2g} sd")
+    ax.set_ylim(0, 1.25 * max(*values, limit))
+    beyond = sum(value >= limit for value in values)
+    ax.set_title(f"{beyond} of {len(values)} norms drift; {read_norms(drift).where} is to look at")
     ax.legend(loc="upper left")
     return ax
 
