@@ -36,7 +36,7 @@ def _batch(data, most):
 
 
 def _open(name, chosen, split, most):
-    "Run folder, model on its device, configuration, and the data to look at."
+    "Run folder, model on its device, its configuration, data and the split that is looked at."
     from mhdet.core.runs import find_run
     from mhdet.data.splits import open_data
     from mhdet.experiment.checks import check_splits, tell_data
@@ -47,11 +47,12 @@ def _open(name, chosen, split, most):
     model, own = load_run(name, ROOT)
     folder = find_run(name, ROOT)[0]
     cfg = own.override(**chosen, cache="ram")
+    split = split or ("dev" if cfg.data.dev else "val")
     records = open_data(cfg.data.data, split, cfg.data.dev)[split]
     check_splits(cfg, {split: records}, (split,))
     tell_data(folder, cfg, split, records)
     data = dataset(cfg, _spaced(records, most))
-    return folder, model.to(make_accelerator(cfg.training.device).device), own, cfg, data
+    return folder, model.to(make_accelerator(cfg.training.device).device), own, cfg, data, split
 
 
 def _training_records(own, most):
@@ -203,7 +204,7 @@ def _text(rows, left_out, out):
 def _probe(
     names,
     chosen,
-    split: str = option("dev", "Split of the data."),
+    split: str = option(None, "Split of the data: dev, or val where none is set aside."),
     out: str = option(None, "Folder of the figures and of probe.csv: the run's fig/."),
     conf: float = share_option(0.1, "Least score for confusions."),
     max_images: int = option(200, "So many evenly spaced images at most.", min=1),
@@ -221,7 +222,7 @@ def _probe(
 
     if range_steps is not None and 0 < range_steps < 10:
         raise ValueError(f"--range-steps {range_steps}: must be 0, or 10 or more")
-    folder, model, own, cfg, data = _open(names[0], chosen, split, max_images)
+    folder, model, own, cfg, data, split = _open(names[0], chosen, split, max_images)
     reasons = {}
     reference = _or_reason(reasons, "brightness", _training_images, own)
     finder, rate = _or_reason(reasons, "range test", _range_test, folder, own, range_steps) or (
