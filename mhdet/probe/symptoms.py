@@ -75,7 +75,11 @@ SYMPTOMS = {
         "anchors", "share of objects within a factor 4 of an anchor", "below", 0.9, "anchors"
     ),
     "other images": Symptom(
-        "brightness", "mean from that of training, sd of an image", "above", 1.0, "brightness"
+        "brightness",
+        "mean from training's, sd of an image, beyond chance",
+        "above",
+        1.0,
+        "brightness",
     ),
     "heads cancel": Symptom(
         "gradients", "lowest cosine of two heads' gradients", "below", -0.5, "gradients"
@@ -420,7 +424,7 @@ def _levels(images):
 
 
 def read_brightness(images, reference):
-    """How far the colours of images are from those of others.
+    """How far the colours of images are from those of others, beyond what chance explains.
 
     Parameters
     ----------
@@ -445,8 +449,10 @@ def read_brightness(images, reference):
     spread = ((here.var(0) + there.var(0)) / 2).sqrt().clamp(min=1e-4)
     away = (here.mean(0) - there.mean(0)).abs() / spread
     colour = int(away.argmax())
+    chance = 2 * (1 / len(here) + 1 / len(there)) ** 0.5  # two standard errors
     where = f"{('red', 'green', 'blue')[colour]} {here.mean(0)[colour]:.2f}"
-    return reading("other images", away.max().item(), f"{where}, {there.mean(0)[colour]:.2f} there")
+    where += f", {there.mean(0)[colour]:.2f} there"
+    return reading("other images", max(away[colour].item() - chance, 0), where)
 
 
 def plot_brightness(images, reference, ax=None):
@@ -474,7 +480,7 @@ def plot_brightness(images, reference, ax=None):
         ax.hist(levels, bins, weights=share, histtype="step", color=colour, ls=style, label=label)
     away = read_brightness(images, reference).reading
     ax.set(xlabel="mean brightness of an image (0..1)", ylabel="share of images")
-    ax.set_title(f"{away:.2g} sd from the training images")
+    ax.set_title(f"{away:.2g} sd from the training images, beyond chance")
     ax.legend()
     return ax
 
