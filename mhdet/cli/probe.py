@@ -13,9 +13,8 @@ from .grammar import ROOT, command, option, share_option, text_table
 
 # %% ../../nbs/11_cli/09_probe.ipynb #c1d20006
 RANGE_STEPS = 50
-LARGE_STEP = (
-    2e12  # parameters times pixels of an optimiser step, from which on none is made unasked
-)
+# parameters times pixels of an optimiser step, from which on no range test is made unasked
+LARGE_STEP = 2e12
 
 
 def _spaced(records, most):
