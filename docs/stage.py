@@ -52,6 +52,7 @@ The board below shows the state it was saved in. Its dials compute in a running 
 
 BEGIN = [
     "docs/diagnose",
+    "docs/probe",
     "nbs/tutorials/own_data",
     "nbs/tutorials/compare",
     "nbs/tutorials/torchvision",

@@ -24,6 +24,7 @@ LINES = {
     "trian": LARGE,
     "train --help": LARGE,
     "diagnose --help": LARGE,
+    "probe --help": LARGE,
     "options": LARGE,
     "options warmup --json": LARGE,
     "train epoch=3": LARGE,

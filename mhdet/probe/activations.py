@@ -98,10 +98,10 @@ class ActStats(Callback):
     """Mean, spread and histogram of layers over the steps of a training.
 
     As a callback of a `Learner` it measures the model in training; the hooks are there during the
-    forward pass of a measured step only. Put it last, so that no other callback can fail between
-    hooking and the pass. As a context manager, `with ActStats(module) as stats:`, it measures the
-    passes of `module` in the body; the hooks are gone at its end, however it ends. It never waits
-    for the device, draws no number from the global generators and changes no output.
+    forward pass of a measured step only, and gone after the fit, however it ends. As a context
+    manager, `with ActStats(module) as stats:`, it measures the passes of `module` in the body; the
+    hooks are gone at its end, however it ends. It never waits for the device, draws no number from
+    the global generators and changes no output.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ class ActStats(Callback):
     def after_batch(self, learner):
         self.remove()
 
-    def after_fit(self, learner):
+    def close(self, learner):
         self.remove()
 
     def on_memory(self, learner, error):

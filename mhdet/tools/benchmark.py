@@ -37,6 +37,7 @@ from ..model.loss import RoutedLoss, naive_loss
 from ..model.multihead import MultiHead
 from ..model.weight_files import to_foreign
 from ..model.weights import load_foreign
+from ..probe.activations import ActStats
 from .conformance import _partition, draw_images, draw_weights
 from .onnx import _open_session, to_onnx
 from ..training.callbacks import Checkpoint, Recorder
@@ -237,6 +238,23 @@ def _precision_sides(width, batch, imgsz, device):
     return dict(fp32=side(False), bf16=side(True))
 
 
+def _instrument_sides(width, batch, imgsz, device):
+    "A training step whose forward pass is measured by `ActStats`, and the same without."
+    model, loss, _ = _training_parts(width, device)
+    images, targets = draw_images(batch, imgsz, 0), _random_targets(batch, 7, device)
+    images = images.to(device)
+
+    def plain():
+        loss(model(to_unit(images)), targets)["loss"].backward()
+        model.zero_grad()
+
+    def watched():
+        with ActStats(model):
+            plain()
+
+    return dict(plain=plain, watched=watched)
+
+
 def _print_steps(kept, width, batch, imgsz, steps):
     "In a process of its own: print the seconds of each training step, as JSON."
     if kept:
@@ -423,6 +441,7 @@ LIMITS = {
     "memory_step": None,
     "trainer_overhead": 0.02,
     "checkpoint_overhead": 0.03,
+    "instruments_overhead": 0.05,
     "loader_busy": 0.9,
     "step_images_per_s": None,
     "eval_images_per_s": 60,
@@ -491,6 +510,7 @@ def _measure(n, device, imgsz):
         loss_25=loss_25,
         loss_fb_25=loss_fb_25,
         step=_step_sides(n["width"], n["step"], imgsz, device),
+        instruments=_instrument_sides(n["width"], n["step"], imgsz, device),
         eval=_eval_side(n["images"], device),
         judge=_metric_sides(n["judged"]),
     )
@@ -518,6 +538,7 @@ def _ratios(n, seconds, peak):
     "The quantities of `LIMITS`, arrays of one number per call."
     decoding, trainer, toy, judge = (seconds[k] for k in ("decode", "trainer", "toy", "judge"))
     step = sum(seconds["step"].values())
+    watched, plain = (seconds["instruments"][k] for k in ("watched", "plain"))
     out = dict(
         decode_time_4to1=decoding["four"] / decoding["one"],
         decode_memory_4to1=peak["four"] / peak["one"],
@@ -526,6 +547,7 @@ def _ratios(n, seconds, peak):
         trainer_overhead=1 - trainer["bare"] / trainer["learner"],
         loader_busy=_loader_busy(n["toy"]),
         checkpoint_overhead=toy["save"] / (50 * toy["learner"]),
+        instruments_overhead=(watched / plain - 1) / ActStats().every,
         eval_images_per_s=n["images"] / seconds["eval"]["all"],
         bootstrap_AP50_s=judge["AP50"],
         bootstrap_AP_s=judge["AP"],

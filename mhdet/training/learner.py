@@ -268,7 +268,9 @@ class Callback:
 
     Hooks raise `StopFit` to end the fit. Inside an accumulation window, part of which would then
     be done twice, they put the reason into `learner.stop_reasons` instead. `on_nonfinite` and
-    `on_memory` return True when they have restored a good state and the fit may continue.
+    `on_memory` return True when they have restored a good state and the fit may continue. `close`
+    is called at the end of every fit, also of one that ends with an error, and whatever another
+    callback raises: what was put into a model is taken out there.
 
     Attributes
     ----------
@@ -295,6 +297,9 @@ class Callback:
         pass
 
     def after_fit(self, learner):
+        pass
+
+    def close(self, learner):
         pass
 
     def on_nonfinite(self, learner, error):
@@ -581,7 +586,9 @@ class Learner:
             No callback has restored a good state; the latter in one process only.
         """
         self.epochs, self.stopped, self.stop_reasons = epochs, None, []
-        with noting_signals(self.stop_reasons):
+        with noting_signals(self.stop_reasons), contextlib.ExitStack() as ends:
+            for callback in self.callbacks:
+                ends.callback(callback.close, self)
             try:
                 call_hook(self, "before_fit")
                 while self.epoch < epochs:
