@@ -401,6 +401,37 @@ class _Course:
         trained = iter(self.train([run for runs in wanted.values() for run in runs]))
         return {name: list(islice(trained, len(runs))) for name, runs in wanted.items()}
 
+    def judge(self, chosen, trained, bases, matrix, against, metric, on):
+        "Figures of the arms and of every training on a split, and the exact split beside its base."
+        cfg, names = self.cfg, self.data["train"].names
+        self.say(f"4/4 figures on {on}")
+        val = dataset(cfg, self.data[on])
+        tell(problem_lines({on: val.records}, cfg.data.data), self.told)
+        partitions = {}
+        for arm, runs in trained.items():
+            if chosen[arm].make is not None:
+                partitions[arm] = [load_heads(run / "heads.yaml", names) for run in runs]
+        base_dts, base, _ = _evaluate_runs(bases, cfg, val, self.device)
+        rows, runs = _compare_arms(cfg, val, trained, self.device, against, partitions, metric)
+        for row in rows:
+            row["changes"] = chosen[row["name"]].changes
+        result = dict(baseline=_mean(base), split={}, card={}, arms=rows, runs=runs)
+        for first, *_ in list(partitions.values())[:1]:
+            given = base_dts[0], base[0]["AP50"], first, val, self.device
+            counts = np.bincount(self.data["train"].gt["label"], minlength=len(names))
+            pairs = confused_pairs(matrix, names, k=len(names))
+            result["split"] = _exact_split(cfg, bases[0], *given)
+            result["card"] = card(first, counts, matrix, pairs)
+        return result
+
+
+def _check_verdict(metric, on):
+    "Refuse a verdict about what there is not."
+    if metric not in METRICS:
+        raise ValueError(f"--metric: must be one of {', '.join(METRICS)}; got '{metric}'")
+    if on not in ("val", "dev"):
+        raise ValueError(f"--on: must be val or dev; got '{on}'")
+
 
 def _exact_split(cfg, base, base_dt, before, partition, val, device):
     "What the exact split does to the detections of a single head."
@@ -532,10 +563,7 @@ def study(
     """
     start, training, refs = time.time(), cfg.training, [str(base) for base in bases]
     check_engine(**engine or {})
-    if metric not in METRICS:
-        raise ValueError(f"--metric: must be one of {', '.join(METRICS)}; got '{metric}'")
-    if on not in ("val", "dev"):
-        raise ValueError(f"--on: must be val or dev; got '{on}'")
+    _check_verdict(metric, on)
     chosen, keys = arms(wanted, rows, source), arm_keys(cfg, keys or {})
     cfg = cfg.override(extra_epochs=keys["epochs"], extra_lr=keys["lr"])
     if against not in chosen:
@@ -560,26 +588,9 @@ def study(
     matrix = np.sum(matrices, 0)
     write_confusion(folder / "confusion.csv", matrix, names)
     trained = course.arms(chosen, keys, bases, seeds, matrices, heads)
-    say(f"4/4 figures on {on}")
-    val = dataset(cfg, data[on])
-    tell(problem_lines({on: val.records}, cfg.data.data), told)
-    partitions = {}
-    for arm, runs in trained.items():
-        if chosen[arm].make is not None:
-            partitions[arm] = [load_heads(run / "heads.yaml", names) for run in runs]
-    base_dts, base, _ = _evaluate_runs(bases, cfg, val, device)
-    result = dict(baseline=_mean(base), split={}, card={}, folder=str(folder), leaks=found)
-    result |= dict(bases=len(bases), base=_base_texts(refs, bases), keys=keys, against=against)
-    compared = _compare_arms(cfg, val, trained, device, against, partitions, metric)
-    result |= dict(metric=metric, on=on, arms=compared[0], runs=compared[1])
-    for row in result["arms"]:
-        row["changes"] = chosen[row["name"]].changes
-    for partition, *_ in list(partitions.values())[:1]:
-        before = base[0]["AP50"]
-        split = _exact_split(cfg, bases[0], base_dts[0], before, partition, val, device)
-        counts = np.bincount(data["train"].gt["label"], minlength=len(names))
-        pairs = confused_pairs(matrix, names, k=len(names))
-        result |= dict(split=split, card=card(partition, counts, matrix, pairs))
+    result = course.judge(chosen, trained, bases, matrix, against, metric, on)
+    result |= dict(folder=str(folder), leaks=found, bases=len(bases), keys=keys, against=against)
+    result |= dict(base=_base_texts(refs, bases), metric=metric, on=on)
     result |= dict(sentence=verdict(result), seconds=time.time() - start)
     write_report(folder, cfg, result)
     return result
