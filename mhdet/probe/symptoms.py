@@ -577,7 +577,7 @@ def _confusion(matrix, names):
     right = np.trace(own) / max(own.sum(), 1)
     ax = plot_confusion(matrix, names)
     share = f"{own.sum() / total:.0%} of the objects are localised"
-    ax.set_title(f"{share}, {right:.0%} of these under their own name", size=8)
+    ax.set_title(f"{share},\n{right:.0%} of these under their own name", size=8)
     return ax.figure
 
 
