@@ -446,7 +446,7 @@ class MultiScale(Callback):
         self.sides = range(first, high + 1, stride)
         if not self.sides:
             raise ValueError(f"multi_scale: no multiple of {stride} in {low}..{high}")
-        self.every, self.last, self.seed, self.close = every, last, seed, close
+        self.every, self.last, self.seed, self.last_epochs = every, last, seed, close
 
     def side(self, epoch, batch, n_batches):
         """Side of a batch in px; None: unchanged."""
@@ -456,7 +456,7 @@ class MultiScale(Callback):
         return int(rng.choice(self.sides))
 
     def before_batch(self, learner):
-        if learner.epoch >= learner.epochs - self.close:
+        if learner.epoch >= learner.epochs - self.last_epochs:
             return
         images, *rest = learner.data
         # whole batches of the loader, however they are divided
