@@ -493,9 +493,13 @@ def process(line):
     return subprocess.Popen([sys.executable, "-m", "mhdet", *shlex.split(line)], env=env, **pipes)
 
 
-# for kills see test_kill
+# for kills see test_kill; an interrupt stops a training in test_crash too
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
+    "number, code",
+    [
+        pytest.param(signal.SIGTERM, 143, id="term"),
+        pytest.param(signal.SIGINT, 130, id="int", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_training_goes_on(here, number, code):
     name = signal.Signals(number).name
