@@ -243,7 +243,8 @@ def pool_runs(table, against="control", margin=0.005):
     -------
     DataFrame
         A row for each arm: `name`, `n`, `metric`, its mean and `sd` over seeds, `delta`, `low`,
-        `high`, `p`, `p_holm`, `verdict`, `mde`, `ms`. An arm is compared over the seeds it has.
+        `high`, `p`, `p_holm`, `verdict`, `mde`, `ms` if the rows have it. An arm is compared over
+        the seeds it has.
 
     Raises
     ------
@@ -267,7 +268,9 @@ def pool_runs(table, against="control", margin=0.005):
     for arm, own in ap.items():
         mine = own[metrics[0]]
         row = dict(name=arm, n=len(own), metric=metrics[0], mean=mine.mean(), sd=mine.std())
-        row |= dict(ms=table.loc[table["arm"] == arm, "ms"].mean(), p=None)
+        if "ms" in table:
+            row["ms"] = table.loc[table["arm"] == arm, "ms"].mean()
+        row["p"] = None
         if arm != against:
             missing = own.index.difference(ap[against].index)
             if len(missing):
