@@ -514,7 +514,7 @@ def resampled_ap(gt, dt, nc, n_images, n=500, seed=0, metric="AP50", inclusive=F
     return np.concatenate([_class_mean(_weighted_ap(ranked, w)) for w in weights])
 
 
-def pooled_diff(a, b, seed=0, seed_sd=None, paired_seeds=True, margin=0.005):
+def pooled_diff(a, b, seed=0, seed_sd=None, paired_seeds=True, margin=0.005, repeats=4):
     """Difference of AP, b minus a, from the resampled AP of every training.
 
     Parameters
@@ -525,11 +525,15 @@ def pooled_diff(a, b, seed=0, seed_sd=None, paired_seeds=True, margin=0.005):
         As for `paired_diff`.
     margin : float
         As for `judge`.
+    repeats : int
+        How often each draw of images is combined with another draw of the noise of seeds: p cannot
+        be below 2 / (repeats n + 1), and a correction for many comparisons needs a small one.
 
     Returns
     -------
     dict
-        As from `paired_diff` for the same n and seed, without `per_class`; with `verdict`.
+        As from `paired_diff`, without `per_class`; with `verdict`. With `repeats=1` to the last
+        digit that of the same n and seed.
 
     Raises
     ------
@@ -542,7 +546,7 @@ def pooled_diff(a, b, seed=0, seed_sd=None, paired_seeds=True, margin=0.005):
             f"expected the same draws for both sides, 2 or more, got {a.shape[1] - 1} "
             f"and {b.shape[1] - 1}"
         )
-    boot = (b[:, 1:].mean(0) - a[:, 1:].mean(0))[None]
+    boot = np.tile(b[:, 1:].mean(0) - a[:, 1:].mean(0), repeats)[None]
     out = _two_levels(a[:, :1], b[:, :1], boot, seed, seed_sd, paired_seeds)
     del out["per_class"]
     return out | dict(verdict=judge(out["delta"], out["low"], out["high"], margin))
