@@ -241,7 +241,7 @@ class PairCrops(torch.utils.data.Dataset):
 
     Attributes
     ----------
-    pairs : Pairs
+    pairs : sampling.Pairs
         Without those whose frame cannot be decoded; these are known when crops are held.
     problems : dict
         Kind -> list of lines: frames that cannot be decoded.

@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.files import write_atomic
 from ..core.runs import find_run
 from .panorama import TYPES, circular_distance, read_panoramas
-from .sampling import Pairs, evaluation_pairs, pair_count, sample_pairs
+from .sampling import evaluation_pairs, pair_count, sample_pairs
 from .scores import CLASSES, average_precision, stage_scores
 
 # %% ../../nbs/08_pairs/08_report.ipynb #c8080007
@@ -179,11 +179,11 @@ class Predictions(NamedTuple):
 
     Attributes
     ----------
-    frames, pairs : Frames, Pairs
+    frames, pairs : Frames, sampling.Pairs
         Of the split.
-    missed : Pairs
+    missed : sampling.Pairs
         Annotated, and pruned.
-    train_frames, train : Frames, Pairs
+    train_frames, train : Frames, sampling.Pairs
         All near pairs of the training split, for the simple rules.
     stage1 : float array (N, 2) or None
     stage2 : float array (N, 5) or None
@@ -193,10 +193,10 @@ class Predictions(NamedTuple):
     """
 
     frames: object
-    pairs: Pairs
-    missed: Pairs
+    pairs: object
+    missed: object
     train_frames: object
-    train: Pairs
+    train: object
     stage1: object
     stage2: object
     facts: dict
