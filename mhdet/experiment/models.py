@@ -470,8 +470,9 @@ def make_teacher(cfg, names, root="runs"):
             raise ValueError("distill=start: expected weights=RUN or FILE to start from, got none")
     try:
         if is_weight_file(teacher, root):
-            own = cfg.override(heads=None, width=file_width(read_checkpoint(teacher).tensors))
-            return imported_model(teacher, read_checkpoint(teacher), own, names)
+            file = read_checkpoint(teacher)
+            own = cfg.override(heads=None, width=file_width(file.tensors))
+            return imported_model(teacher, file, own, names)
         return load_run(teacher, root)[0]
     except (FileNotFoundError, ValueError) as e:
         raise type(e)(f"distill={cfg.loss.distill}: {e}") from None

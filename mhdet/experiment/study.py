@@ -34,7 +34,13 @@ from mhdet.experiment.arms import (
     take_base,
     trained_on,
 )
-from .checks import check_partition, check_same_data, leak_lines, tell
+from mhdet.experiment.checks import (
+    check_partition,
+    check_same_data,
+    choose_num_heads,
+    leak_lines,
+    tell,
+)
 from .inference import dataset, limits, predict
 from .models import load_run, with_precision
 from .run import check_run, train
@@ -265,7 +271,7 @@ def _check_bases(cfg, refs, seeds, data, root, folder):
 
 def _check_head_aware(own, arm, heads, nc):
     "Check augmentation by head on heads that will be made; the configuration without it."
-    made = np.arange(nc) % (arm.heads or heads or min(4, nc))
+    made = np.arange(nc) % choose_num_heads(nc, arm.heads or heads)[0]
     compose(own.data, own.training.epochs, made)
     return own.override(head_aware=None)
 
