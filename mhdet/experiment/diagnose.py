@@ -8,11 +8,9 @@ __all__ = ['IMGSZ', 'RANDOM', 'WEAK', 'LOST_TO', 'Subject', 'detect_split', 'sub
 
 # %% ../../nbs/06_experiment/13_diagnose.ipynb #d1a60004
 from dataclasses import replace
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..core.config import Config, load_config
 from ..data.problems import problem_lines
@@ -36,9 +34,10 @@ from mhdet.experiment.bounds import (
 from .checks import check_splits, choose_num_heads, class_difference, tell
 from .inference import dataset, limits, predict
 from .models import imported_model, is_weight_file, load_run
+from .profile import inference_ms
 from ..model.backbone import count
 from ..model.classes import common_name
-from ..model.detector import Detector, decode, detect
+from ..model.detector import Detector
 from ..model.multihead import ANCHORS, STRIDES
 from ..model.surgery import split_heads
 from ..model.weight_files import read_checkpoint
@@ -46,7 +45,7 @@ from ..partition.evidence import confusability, confused_pairs
 from ..partition.heads import Partition, card
 from ..partition.optimal import optimal
 from ..partition.strategies import STANDARD, random_heads, standard
-from ..training.learner import make_accelerator, to_unit
+from ..training.learner import make_accelerator
 
 # %% ../../nbs/06_experiment/13_diagnose.ipynb #d1a60007
 class Subject(NamedTuple):
@@ -214,23 +213,6 @@ def _same_detections(model, twin, cfg, records):
     return bool((apart <= 1).all()), len(sides[0]["label"])
 
 
-@torch.no_grad()
-def _milliseconds(models, image, settings, calls):
-    "Time of an image in each network, ms, from pixels to detections; called in turn, medians."
-    rows = []
-    for _ in range(calls + 1):
-        row = []
-        for model in models:
-            start = perf_counter()
-            found = detect(
-                *decode(model(to_unit(image)), model.head), model.head.head_of, **settings
-            )
-            found.score.cpu()  # waits for a device
-            row.append(1e3 * (perf_counter() - start))
-        rows.append(row)
-    return np.median(rows[1:], 0).tolist()  # the first call warms up
-
-
 def split_cost(subject, partition, images=32, calls=10):
     """Split the network's head exactly; what stays the same, and what it costs.
 
@@ -259,7 +241,7 @@ def split_cost(subject, partition, images=32, calls=10):
     records = subject.records.subset(np.arange(min(images, len(subject.records))))
     same, n = _same_detections(model, twin, cfg, records)
     image = dataset(cfg, records.subset([0]))[0][0][None].to(next(model.parameters()).device)
-    ms = _milliseconds((model, twin), image, limits(cfg), calls)
+    ms = inference_ms((model, twin), image, calls, **limits(cfg))
     sides = {}
     for side, m, t in zip(("one", "several"), (model, twin), ms, strict=True):
         sides[side] = dict(heads=m.head.nh, **count(m, cfg.data.imgsz), ms=t)

@@ -4,23 +4,27 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WARMUP', 'part_seconds', 'middle_half', 'StepClock', 'covered', 'kernel_seconds', 'profile', 'profile_table',
-           'profile_line', 'profile_finding', 'plot_profile']
+           'profile_line', 'profile_finding', 'plot_profile', 'inference_ms', 'stored_bytes', 'costs']
 
 # %% ../../nbs/06_experiment/08_profile.ipynb #e206f129
+import copy
 import itertools
 import tempfile
 import time
 from pathlib import Path
 from statistics import quantiles
 
+import numpy as np
 import torch
 
 from ..core.runs import find_run
 from ..data.splits import open_data
 from .checks import check_splits
 from .run import train
+from ..model.backbone import count
+from ..model.detector import decode, detect
 from ..training.callbacks import device_busy
-from ..training.learner import Callback, accumulation
+from ..training.learner import Callback, accumulation, to_unit
 from ..training.schedules import EMA
 
 # %% ../../nbs/06_experiment/08_profile.ipynb #6e721710
@@ -526,3 +530,104 @@ def plot_profile(profiles, ax=None):
     if len(profiles) > 1:
         ax.legend(title="a step with")
     return ax
+
+# %% ../../nbs/06_experiment/08_profile.ipynb #07364236
+@torch.no_grad()
+def inference_ms(models, image, calls=10, **settings):
+    """Time of one image in each of several detectors, called in turn.
+
+    Parameters
+    ----------
+    models : sequence of Detector
+    image : uint8 Tensor (1, 3, S, S)
+    calls : int
+        Of each.
+    **settings
+        As for `detect`.
+
+    Returns
+    -------
+    list of float
+        Medians, ms from pixels to detections.
+
+    Raises
+    ------
+    ValueError
+        No calls.
+    """
+    if calls < 1:
+        raise ValueError(f"calls: must be 1 or more, got {calls}")
+    rows = []
+    for _ in range(calls + 1):
+        row = []
+        for model in models:
+            start = time.perf_counter()
+            outputs = decode(model(to_unit(image)), model.head)
+            found = detect(*outputs, model.head.head_of, **settings)
+            found.score.cpu()  # waits for a device
+            row.append(1e3 * (time.perf_counter() - start))
+        rows.append(row)
+    return np.median(rows[1:], 0).tolist()  # the first call warms up
+
+
+def stored_bytes(model, image):
+    """Bytes that autograd keeps of a forward pass, with nothing frozen.
+
+    Parameters
+    ----------
+    model : Detector
+    image : uint8 Tensor (B, 3, S, S)
+
+    Returns
+    -------
+    int
+        Without the weights themselves; what several operations keep is counted once.
+
+    Raises
+    ------
+    AttributeError
+        Not a network.
+    """
+    model = copy.deepcopy(model).requires_grad_()
+    weights = {w.untyped_storage().data_ptr() for w in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = model(to_unit(image))  # as long as these live, so does what was kept
+    del outputs
+    return sum(n for at, n in kept.items() if at not in weights)
+
+
+def costs(models, image, calls=10, **settings):
+    """What several detectors cost.
+
+    Parameters
+    ----------
+    models : dict
+        Name -> Detector, all on one device.
+    image, calls, **settings
+        As for `inference_ms`.
+
+    Returns
+    -------
+    dict
+        Name -> `params`, `macs` and `ms` of one image, `stored` bytes (`stored_bytes`).
+
+    Raises
+    ------
+    ValueError
+        No calls.
+    """
+    ms = inference_ms(models.values(), image, calls, **settings)
+    found = {}
+    for (name, model), own in zip(models.items(), ms, strict=True):
+        found[name] = count(model, image.shape[-1]) | {
+            "ms": own,
+            "stored": stored_bytes(model, image),
+        }
+    return found

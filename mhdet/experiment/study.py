@@ -17,7 +17,7 @@ import torch
 from tqdm.std import tqdm
 
 from ..core.config import Config, load_config
-from ..core.runs import check_run_name
+from ..core.runs import JsonLog, check_run_name
 from ..data.augment import compose
 from ..data.problems import problem_lines
 from ..data.splits import open_data
@@ -34,6 +34,7 @@ from mhdet.experiment.arms import (
     take_base,
     trained_on,
 )
+from .bounds import claim_places, collisions, confusion_gain
 from mhdet.experiment.checks import (
     check_partition,
     check_same_data,
@@ -43,6 +44,7 @@ from mhdet.experiment.checks import (
 )
 from .inference import dataset, limits, predict
 from .models import load_run, with_precision
+from .profile import costs
 from .run import check_run, train
 from .study_report import seed_of, verdict, write_report
 from .sweep import check_engine, row_failure, sweep_command, train_rows
@@ -151,6 +153,44 @@ def _evaluate_model(model, cfg, data):
     return dt, figures, np.array(per_class, float)  # None, of a class without objects, is NaN
 
 
+def _epoch_seconds(run):
+    "Seconds of training in an epoch, the median; None of a run without a log."
+    seconds = [row["seconds"] for row in JsonLog(run / "log.jsonl").rows()]
+    return float(np.median(seconds)) if seconds else None
+
+
+def _measure_costs(cfg, val, trained, device):
+    "Costs of every arm's first training; the detectors take turns, one image at a time."
+    models = {arm: load_run(runs[0])[0].to(device) for arm, runs in trained.items()}
+    image = val[0][0][None].to(device)
+    measured = costs(models, image, calls=20, **limits(cfg))
+    seconds = {arm: [_epoch_seconds(run) for run in runs] for arm, runs in trained.items()}
+    return {arm: [measured[arm] | dict(epoch_seconds=s) for s in seconds[arm]] for arm in trained}
+
+
+def _bound_gains(cfg, val, trained, base_dts, model, partitions):
+    """The two bounds of `diagnose` for every training, before it was trained on.
+
+    `bound` is the AP50 that its single head would gain if no classes of different heads were
+    confused, `lost` the share of objects whose best place an object of another head wants.
+    """
+    gt, nc = val.records.gt, len(val.records.names)
+    head = model.head
+    places = claim_places(
+        gt, val.records.sizes, cfg.data.imgsz, head.anchors.tolist(), head.strides
+    )
+    bounds = {}
+    for arm, runs in trained.items():
+        bounds[arm] = [dict(bound=0.0, lost=0.0) for _ in runs]
+        for k, partition in enumerate(partitions.get(arm, ())):
+            dt, head_of = base_dts[min(k, len(base_dts) - 1)], np.array(partition.head_of)
+            bounds[arm][k] = dict(
+                bound=confusion_gain(gt, dt, nc, head_of),
+                lost=collisions(places, head_of[gt["label"]])["lost"],
+            )
+    return bounds
+
+
 def _evaluate_runs(runs, cfg, data, device):
     "Detections of every run, its figures, and its AP50 per class."
     triples = [_evaluate_model(load_run(run)[0].to(device), cfg, data) for run in runs]
@@ -158,7 +198,9 @@ def _evaluate_runs(runs, cfg, data, device):
 
 
 def _mean(figures):
-    return {k: float(np.mean([f[k] for f in figures])) for k in figures[0]}
+    "The mean of each figure; None of what not every training has."
+    columns = {k: [f[k] for f in figures] for k in figures[0]}
+    return {k: None if None in values else float(np.mean(values)) for k, values in columns.items()}
 
 
 def _dev_confusions(cfg, records, bases, device, conf=0.1):
@@ -205,12 +247,16 @@ def _head_rows(partitions, gt, own, reference, seeds):
     return rows
 
 
-def _compare_arms(cfg, val, trained, device, against, partitions, metric):
-    "Rows of the arms (figures, difference, verdict, errors, heads), and one of every training."
+def _compare_arms(cfg, val, trained, device, against, partitions, metric, facts):
+    """Rows of the arms (figures, difference, verdict, errors, heads), and one of every training.
+
+    `facts` are what is known of each training already: its cost, its bounds.
+    """
     gt, nc = val.records.gt, len(val.records.names)
     sides, figures, classes = {}, {}, {}
     for arm, runs in trained.items():
-        sides[arm], figures[arm], classes[arm] = _evaluate_runs(runs, cfg, val, device)
+        sides[arm], own, classes[arm] = _evaluate_runs(runs, cfg, val, device)
+        figures[arm] = [f | known for f, known in zip(own, facts[arm], strict=True)]
     how = dict(seed_sd=SEED_SD, swaps=1000, paired_seeds=True)
     judged = differences(gt, sides, against, nc, len(val), (metric,), **how)
     first = next(iter(partitions.values()), None)
@@ -418,7 +464,14 @@ class _Course:
             if chosen[arm].make is not None:
                 partitions[arm] = [load_heads(run / "heads.yaml", names) for run in runs]
         base_dts, base, _ = _evaluate_runs(bases, cfg, val, self.device)
-        rows, runs = _compare_arms(cfg, val, trained, self.device, against, partitions, metric)
+        cost = _measure_costs(cfg, val, {"": bases} | trained, self.device)
+        base = [own | known for own, known in zip(base, cost.pop(""), strict=True)]
+        bounds = _bound_gains(cfg, val, trained, base_dts, load_run(bases[0])[0], partitions)
+        facts = {}
+        for arm, of_arm in cost.items():
+            facts[arm] = [a | b for a, b in zip(of_arm, bounds[arm], strict=True)]
+        given = trained, self.device, against, partitions, metric, facts
+        rows, runs = _compare_arms(cfg, val, *given)
         for row in rows:
             row["changes"] = chosen[row["name"]].changes
         result = dict(baseline=_mean(base), split={}, card={}, arms=rows, runs=runs)
