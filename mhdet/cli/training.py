@@ -403,8 +403,30 @@ def _whose_keys(chosen, arms_file):
     return own, keys, rows
 
 
-def _resumed_study(name, chosen, allow_leak):
-    "What a study was asked to do, with the changes that are allowed."
+def _add_arms(request, asked):
+    "Add the arms of the command line to those of a study; what is there stays as it was trained."
+    from mhdet.experiment.arms import keys_text, read_arms
+
+    if asked["arms"]:
+        known = request["arms"].split(",")
+        request["arms"] = ",".join(dict.fromkeys([*known, *asked["arms"].split(",")]))
+    if asked["arms_file"]:
+        keys, rows = read_arms(asked["arms_file"])
+        sides = [("base", keys, {key: request["keys"].get(key) for key in keys})]
+        sides += [(f"arm {arm}", rows[arm], request["rows"].get(arm, rows[arm])) for arm in rows]
+        for what, given, known in sides:
+            if given != known:
+                raise ValueError(
+                    f"{asked['arms_file']}: {what}: the study was begun with {keys_text(known)}, "
+                    f"got {keys_text(given)}; --resume adds arms of other names"
+                )
+        request["rows"] |= rows
+        request["arms_file"] = asked["arms_file"]
+    request["against"] = asked["against"] or request["against"]
+
+
+def _resumed_study(name, chosen, asked):
+    "What a study was asked to do, with the changes that are allowed, and more arms."
     folder = Path(ROOT) / name
     if not (folder / "asked.json").is_file():
         raise FileNotFoundError(f"{folder}: no study there to go on with")
@@ -412,10 +434,12 @@ def _resumed_study(name, chosen, allow_leak):
     if "allow_leak" not in request:  # of version 0.1, which lowered 4 heads without a word
         num_heads = None if request["heads"] == 4 else request["heads"]
         request |= {"allow_leak": False, "heads": num_heads}
-    request["allow_leak"] |= allow_leak
+    request["allow_leak"] |= asked["allow_leak"]
     request["chosen"] |= _resumable(name, chosen)
     older = {"base": [], "keys": {}, "rows": {}, "arms_file": None, "against": "control"}
-    return older | {"metric": "AP50", "on": "val"} | request
+    request = older | {"metric": "AP50", "on": "val"} | request
+    _add_arms(request, asked)
+    return request
 
 
 def _new_study(name, chosen, asked):
@@ -431,7 +455,9 @@ def _new_study(name, chosen, asked):
     if asked["base"]:
         own = base_config(asked["base"], own, ROOT).flat()
     # the names are those of asked.json, a file format
-    return asked | {"chosen": own | {"run": name}, "keys": keys, "rows": rows}
+    request = asked | {"chosen": own | {"run": name}, "keys": keys, "rows": rows}
+    arms = asked["arms"] or ("control" if asked["arms_file"] else "split,control")
+    return request | {"arms": arms, "against": asked["against"] or "control"}
 
 
 def _pool(names, against):
@@ -469,7 +495,7 @@ def _study(
     seeds: int = option(None, "Trainings of every arm: 1, or as many as bases."),
     arms: str = option(None, "Names or head files, separated by commas; split."),
     arms_file: str = option(None, "Keys of single arms: a file like a sweep's.", "--arms-file"),
-    against: str = option("control", "The arm that the others are compared with."),
+    against: str = option(None, "The arm that the others are compared with; control."),
     metric: str = option("AP50", "What the verdict is about: AP50, AP or voc (VOC's AP50)."),
     on: str = option("val", "Split of the verdict: val, or dev, which leaves val closed."),
     pool: str = option(None, "Train nothing: the verdict over these finished studies or runs.csv."),
@@ -492,20 +518,16 @@ def _study(
     from mhdet.experiment.study_report import study_table
 
     if pool:
-        return _pool(pool, against)
+        return _pool(pool, against or "control")
     refuse_heads(heads, "study")
     refuse_heads(chosen.get("heads"), "study")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("a study is one process; train takes several")
     name, base = _study_name(names, chosen, resume), base or []
     asked = {"seeds": max(1, len(base)) if seeds is None else seeds, "heads": num_heads}
-    asked |= {"arms": arms or ("control" if arms_file else "split,control"), "base": base}
-    asked |= {"arms_file": arms_file, "against": against, "allow_leak": allow_leak}
-    asked |= {"metric": metric, "on": on}
-    if resume:
-        request = _resumed_study(name, chosen, allow_leak)
-    else:
-        request = _new_study(name, chosen, asked)
+    asked |= {"arms": arms, "base": base, "arms_file": arms_file, "against": against}
+    asked |= {"allow_leak": allow_leak, "metric": metric, "on": on}
+    request = (_resumed_study if resume else _new_study)(name, chosen, asked)
 
     def say(line):
         # the first line comes after the input was checked: only then is there a study to go on with
