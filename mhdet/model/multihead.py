@@ -323,9 +323,9 @@ class MultiHead(nn.Module):
     def forward(self, maps):
         self._check_channels(check_levels(maps, len(self.m)))
         # raw = im * (W (ia + x) + b + W_h adapter_h(x)), where W_h are the channels of head h
-        added = self.ia or [None] * len(maps)
+        vectors = self.ia or [None] * len(maps)
         raws = []
-        for conv, a, x in zip(self.m, added, maps, strict=True):
+        for conv, a, x in zip(self.m, vectors, maps, strict=True):
             raws.append(self._product(conv, x if a is None else a + x))
         for l, blocks in enumerate(self.adapters):
             for h, block in enumerate(blocks):
