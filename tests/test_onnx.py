@@ -307,6 +307,7 @@ REFUSED = {
     "export base --out a.onnx --raw --conf .3": "'conf' changes nothing without --nms",
     "export base --out a.onnx --raw imgsz=100": "a multiple of 32, got 100",
     "export base --out a.onnx lr=1": "'lr' changes nothing here",
+    "export base --out a.onnx --nms max_det_per=head": "give max_det_per=image, or leave out --nms",
 }
 
 

@@ -259,7 +259,7 @@ def _detect_in(records, model, cfg, limits):
         yield data.records, predict(model, data, **limits)[0]
 
 
-@command("device nms_iou max_det", (2, None), "RUN IMAGE... [key=value]...")
+@command("device nms_iou max_det max_det_per", (2, None), "RUN IMAGE... [key=value]...")
 def _detect(
     names,
     chosen,

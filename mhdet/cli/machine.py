@@ -362,7 +362,7 @@ def _bench(names, chosen, quick: bool = option(False, "Fewer repetitions.", "--q
     return result, table
 
 
-@command("imgsz nms_iou max_det", (1, 1), "RUN [key=value]...")
+@command("imgsz nms_iou max_det max_det_per", (1, 1), "RUN [key=value]...")
 def _export(
     names,
     chosen,
@@ -392,6 +392,11 @@ def _export(
     model, cfg = load_run(names[0], ROOT)
     cfg = cfg.override(**chosen)
     inside = None
+    if nms and cfg.evaluation.max_det_per == "head":
+        raise ValueError(
+            f"{names[0]}: max_det_per=head, but a file counts detections by image; give"
+            " max_det_per=image, or leave out --nms"
+        )
     if nms:
         inside = limits(cfg, conf=0.25 if conf is None else conf, one_label=one_label)
     facts = {"run": names[0], **to_onnx(model, out, cfg.data.imgsz, inside, raw)}

@@ -295,6 +295,9 @@ class EvaluationConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
     conf: Annotated[_Share, _about("least score of a detection", "probability")] = 0.001
     nms_iou: Annotated[_Share, _about("overlap above which a detection is suppressed", "IoU")] = 0.5
     max_det: Annotated[_Count, _about("detections kept per image", "detections")] = 300
+    max_det_per: Annotated[
+        Literal["image", "head"], _about("what `max_det` counts: an image, or each head in it")
+    ] = "image"
 
 # %% ../../nbs/00_core/01_config.ipynb #c30c3312
 class Config(msgspec.Struct, forbid_unknown_fields=True):

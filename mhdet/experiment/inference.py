@@ -146,10 +146,12 @@ def limits(cfg, **changes):
     -------
     dict
         `conf`: least score; `iou`: overlap above which a detection is suppressed; `max_det` per
-        image.
+        image, or with `per="head"` for each head in it.
     """
     evaluation = cfg.evaluation
     chosen = dict(conf=evaluation.conf, iou=evaluation.nms_iou, max_det=evaluation.max_det)
+    if evaluation.max_det_per == "head":
+        chosen["per"] = "head"
     return chosen | changes
 
 # %% ../../nbs/06_experiment/02_inference.ipynb #f19313c4

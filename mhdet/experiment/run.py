@@ -178,7 +178,9 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
         seeds = [training.seed, *training.restart_seeds]
         chosen.append(NaNGuard(run, seeds, reseed, training.restarts))
     best = "AP50" if dev else None
-    chosen.append(Checkpoint(run, training.keep_every, training.save_steps, best))
+    history = list(model.head.partition.history)
+    meta = {"history": history} if history else None
+    chosen.append(Checkpoint(run, training.keep_every, training.save_steps, best, meta))
     return chosen
 
 # %% ../../nbs/06_experiment/03_run.ipynb #a3837a97

@@ -96,20 +96,20 @@ class Detector(nn.Module):
         return detect(*decode(raws, self.head), self.head.head_of, **limits)
 
 # %% ../../nbs/04_model/02_detector.ipynb #f8ed8466
-def _decode_level(view, boxes, scores, anchor, stride, head):
+def _decode_level(view, boxes, scores, anchor, stride, block):
     """Fill boxes (B, n, nb, 4) and scores (B, n, nc) of one level, n = A H W.
 
     `view` (B, A, H, W, C) is the raw map per anchor; nb is 1 with shared boxes, else nh.
     """
-    shared, nb = head.boxes == "shared", boxes.shape[2]
+    shared, nb = block.boxes == "shared", boxes.shape[2]
     A, H, W, C = view.shape[1:]
-    first_class = C - head.nc
+    first_class = C - block.nc
     own = view[..., :first_class].contiguous().sigmoid_()
     # scores: a product with a one-hot matrix (nh, nc) reads each class's objectness, and is faster
     # than indexing
-    owner = F.one_hot(head.head_of, head.nh).T.to(scores)
+    owner = F.one_hot(block.head_of, block.nh).T.to(scores)
     obj = own[..., 4 :: 1 if shared else 5]
-    scores = torch.sigmoid(view[..., first_class:], out=scores.view(*view.shape[:4], head.nc))
+    scores = torch.sigmoid(view[..., first_class:], out=scores.view(*view.shape[:4], block.nc))
     scores *= obj @ owner
     # boxes: centre -+ size / 2 is one matrix product
     #   [s_x, s_y, s_w^2, s_h^2, obj] @ [2 stride I I; -2 anchor I, 2 anchor I; 0 0]
@@ -129,6 +129,18 @@ def _decode_level(view, boxes, scores, anchor, stride, head):
     cell = torch.stack(torch.meshgrid(*sides, indexing="xy"), -1)  # (H, W, 2): x, y
     corner = ((cell - 0.5) * stride).repeat(1, 1, 2 * nb).view(H, W, nb, 4)
     boxes.view(*view.shape[:4], nb, 4).add_(corner)
+
+
+def _decode_block(views, head, block):
+    "Boxes (B, N, nh or 1, 4) and scores (B, N, nc) of the heads of one block."
+    B, sizes = len(views[0]), [view.shape[1:4].numel() for view in views]
+    nb = 1 if block.boxes == "shared" else block.nh
+    boxes = views[0].new_empty(B, sum(sizes), nb, 4)
+    scores = views[0].new_empty(B, sum(sizes), block.nc)
+    parts = boxes.split(sizes, 1), scores.split(sizes, 1)
+    for level in zip(views, *parts, head.anchors, head.strides, strict=True):
+        _decode_level(*level, block)
+    return boxes, scores
 
 
 @torch.no_grad()
@@ -167,14 +179,17 @@ def decode(raws, head):
                 f"expected {head.channels_per_anchor} channels per anchor for {head.nh} heads and "
                 f"{head.nc} classes, got {view.shape[4]}"
             )
-    B, sizes = len(raws[0]), [view.shape[1:4].numel() for view in views]
-    nb = 1 if head.boxes == "shared" else head.nh
-    boxes = raws[0].new_empty(B, sum(sizes), nb, 4)
-    scores = raws[0].new_empty(B, sum(sizes), head.nc)
-    parts = boxes.split(sizes, 1), scores.split(sizes, 1)
-    for level in zip(views, *parts, head.anchors, head.strides, strict=True):
-        _decode_level(*level, head)
-    return boxes, scores
+    if len(head.blocks) == 1:
+        return _decode_block(views, head, head.blocks[0])
+    # each block as a layer of its heads alone: how a sigmoid is rounded depends on its place, too
+    parts = []
+    for block in head.blocks:
+        views = [per_anchor(block.part_of(raw), head.na) for raw in raws]
+        parts.append(_decode_block(views, head, block))
+    boxes, scores = zip(*parts, strict=True)
+    order = torch.cat([block.classes for block in head.blocks]).argsort()
+    boxes = boxes[0] if head.boxes == "shared" else torch.cat(boxes, 2)
+    return boxes, torch.cat(scores, 2)[..., order]
 
 # %% ../../nbs/04_model/02_detector.ipynb #28c19268
 class Detections(NamedTuple):
@@ -220,6 +235,30 @@ def _best_of_prefix(boxes, scores, head_of, todo, k, last, conf, iou, max_det):
     return Detections(todo[image[keep]], box[keep], value[keep], label[keep]), done
 
 
+def _detect(boxes, scores, head_of, conf, iou, max_det, one_label, cap, prefix):
+    "Detections within the limits of an image, by longer and longer prefixes."
+    if one_label:
+        scores = scores * (scores == scores.amax(2, keepdim=True))
+    n = scores[0].numel()
+    todo = torch.arange(len(scores), device=scores.device)
+    parts = []
+    for k in sorted({min(prefix, n), min(cap, n)}):
+        last = k == min(cap, n)
+        part, done = _best_of_prefix(boxes, scores, head_of, todo, k, last, conf, iou, max_det)
+        parts.append(part)
+        todo = todo[~done]
+        if not len(todo):
+            break
+    return Detections(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _sorted(detections):
+    "By image, best first."
+    order = detections.score.argsort(descending=True, stable=True)
+    order = order[detections.image[order].argsort(stable=True)]
+    return Detections(*(t[order] for t in detections))
+
+
 @torch.no_grad()
 def detect(
     boxes,
@@ -231,6 +270,7 @@ def detect(
     one_label=False,
     cap=30_000,
     prefix=1024,
+    per="image",
 ):
     """Non-maximum suppression by image and class.
 
@@ -251,6 +291,9 @@ def detect(
         Most candidates per image; the best are taken.
     prefix : int
         Candidates tried first; changes speed, not the result.
+    per : {"image", "head"}
+        Head: the limits hold for each head in an image, as if it were the only one, so that no head
+        takes the place of another's detections.
 
     Returns
     -------
@@ -259,7 +302,7 @@ def detect(
     Raises
     ------
     ValueError
-        `conf` or `iou` outside 0..1.
+        `conf` or `iou` outside 0..1; another word for `per`.
 
     References
     ----------
@@ -267,17 +310,16 @@ def detect(
     """
     if not (0 <= conf <= 1 and 0 <= iou <= 1):
         raise ValueError(f"conf and iou must lie in 0..1, got {conf} and {iou}")
-    if one_label:
-        scores = scores * (scores == scores.amax(2, keepdim=True))
-    n = scores[0].numel()
-    todo = torch.arange(len(scores), device=scores.device)
+    if per not in ("image", "head"):
+        raise ValueError(f"per: must be 'image' or 'head', got '{per}'")
+    limits = conf, iou, max_det, one_label, cap, prefix
+    if per == "image":
+        return _sorted(_detect(boxes, scores, head_of, *limits))
     parts = []
-    for k in sorted({min(prefix, n), min(cap, n)}):
-        last = k == min(cap, n)
-        part, done = _best_of_prefix(boxes, scores, head_of, todo, k, last, conf, iou, max_det)
-        parts.append(part)
-        todo = todo[~done]
-        if not len(todo):
-            break
-    out = Detections(*map(torch.cat, zip(*parts, strict=True)))
-    return Detections(*(t[out.image.argsort(stable=True)] for t in out))
+    for h in head_of.unique().tolist():
+        classes = (head_of == h).nonzero().flatten()
+        box = h % boxes.shape[2]  # shared boxes: index 0
+        own = boxes[:, :, box : box + 1]
+        part = _detect(own, scores[..., classes], torch.zeros_like(classes), *limits)
+        parts.append(part._replace(label=classes[part.label]))
+    return _sorted(Detections(*map(torch.cat, zip(*parts, strict=True))))

@@ -93,6 +93,10 @@ class Partition:
         How the partition was made.
     proof : Proof, optional
         How good it is known to be; left out of comparisons.
+    blocks : sequence of int, optional
+        Numbers of heads, in order, that a network computes together; by default all.
+    history : sequence of str, optional
+        What was done to the heads of a network, oldest first; left out of comparisons.
 
     Attributes
     ----------
@@ -109,13 +113,16 @@ class Partition:
     ------
     ValueError
         A class in no head or in two, an unknown id, a head without classes, a name twice. The
-        message has class, id and heads.
+        message has class, id and heads. Blocks of another number of heads; a history that is no
+        list of texts.
     """
 
     heads: list
     names: list
     grouping: str = "own"
     proof: Proof = field(default=None, compare=False)
+    blocks: tuple = ()
+    history: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "heads", list(self.heads))
@@ -124,6 +131,17 @@ class Partition:
             if name in self.names[:i]:
                 raise ValueError(f"class name '{name}' is given twice")
         object.__setattr__(self, "head_of", self._assign())
+        self._check_blocks()
+        if isinstance(self.history, str) or not all(isinstance(s, str) for s in self.history):
+            raise ValueError(f"history: expected a list of texts, got {self.history!r:.80}")
+        object.__setattr__(self, "history", tuple(self.history))
+
+    def _check_blocks(self):
+        "One block is none."
+        sizes = tuple(self.blocks)
+        if sizes and (any(type(n) is not int or n < 1 for n in sizes) or sum(sizes) != self.nh):
+            raise ValueError(f"blocks: {list(sizes)} must be numbers of heads, {self.nh} in all")
+        object.__setattr__(self, "blocks", sizes if len(sizes) > 1 else ())
 
     def _assign(self):
         "Head of every class, with everything checked that can be wrong."
@@ -206,6 +224,9 @@ def save_heads(path, partition):
         names=partition.names,
         head_assignments=heads,
     )
+    for key in ("blocks", "history"):
+        if value := getattr(partition, key):
+            spec[key] = list(value)
     text = yaml.safe_dump(
         spec, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
     )
@@ -223,6 +244,14 @@ def _read_head(groups, key):
     if type(name) not in (str, int):
         raise ValueError(f"{key}: field 'name': expected text, got {name!r}")
     return Head(str(name), spec["classes"], spec.get("weight", 1.0))
+
+
+def _read_list(spec, key):
+    "An optional list of a parsed head file."
+    value = spec.get(key)
+    if not isinstance(value, list | None):
+        raise ValueError(f"field '{key}': expected a list, got {value!r:.80}")
+    return value or []
 
 
 def _check_stated(spec, stated_names, names, nc, nh):
@@ -255,8 +284,9 @@ def _parse_heads(spec, names):
     distinct = {str(c) for h in heads for c in h.classes}
     nc = len(names or stated_names or distinct)
     _check_stated(spec, stated_names, names, nc, len(heads))
-    numbers = [str(i) for i in range(nc)]
-    return Partition(heads, names or stated_names or numbers, str(spec.get("grouping", "file")))
+    names = names or stated_names or [str(i) for i in range(nc)]
+    more = {key: _read_list(spec, key) for key in ("blocks", "history")}
+    return Partition(heads, names, str(spec.get("grouping", "file")), **more)
 
 
 def load_heads(path, names=None):
@@ -265,8 +295,8 @@ def load_heads(path, names=None):
     Parameters
     ----------
     path : str or Path
-        YAML: `head_assignments: {head_0: {name, classes, weight}, ...}`; `nc`, `heads`, `names` and
-        `grouping` are optional, other keys are ignored.
+        YAML: `head_assignments: {head_0: {name, classes, weight}, ...}`; `nc`, `heads`, `names`,
+        `grouping`, `blocks` and `history` are optional, other keys are ignored.
     names : list of str (nc,), optional
         Classes of the data; without them those of the file, or the ids where it has none.
 
