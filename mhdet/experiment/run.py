@@ -33,7 +33,7 @@ from ..data.augment import compose
 from ..data.dataset import loader
 from ..data.problems import problem_counts, problem_lines
 from ..data.splits import open_data
-from ..evaluation.metrics import evaluate
+from ..evaluation.metrics import drop_unlabelled, evaluate
 from mhdet.experiment.checks import (
     ONE_VALUE,
     check_batch,
@@ -94,9 +94,8 @@ def _evaluate_dev(cfg, dev, loss, head_of):
         batch = 64 // min(learner.parts, 64)
         dt, facts = predict(learner.ema, dev, batch, loss, learner.accelerator, **kept)
         several = head_of if max(head_of) else None  # with one head its AP50 is that of the row
-        result = evaluate(
-            dev.records.gt, dt, dev.records.names, len(dev), ("coco",), head_of=several
-        )
+        gt = drop_unlabelled(dev.records.gt, dev.records.known)
+        result = evaluate(gt, dt, dev.records.names, len(dev), ("coco",), head_of=several)
         row = {f"dev/{k}": value for k, value in facts.items() if k != "ms"}
         row |= {k: result["coco"][k] for k in ("AP50", "AP")}
         row |= {k: result[k] for k in ("P", "R")}
