@@ -135,7 +135,7 @@ def predict_run(ref, chosen, records, **limits):
     data = dataset(cfg, records(cfg, partition.names))
     difference = class_difference(data.records.names, partition.names)
     if difference:
-        raise ValueError(f"{cfg.data.data}: its classes are not those of run {ref}: {difference}")
+        raise ValueError(f"{cfg.data.place}: its classes are not those of run {ref}: {difference}")
     model = model.to(make_accelerator(cfg.training.device).device)
     return partition, data, predict(model, data, **usual_limits(cfg, **limits))[0]
 

@@ -168,6 +168,11 @@ class DataConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self):
         data_sources(self.data)
 
+    @property
+    def place(self):
+        "The key `data` for a message, as `data_text`."
+        return data_text(self.data)
+
 # %% ../../nbs/00_core/01_config.ipynb #90d06d88
 _Level = Annotated[list[tuple[_Above, _Above]], Meta(min_length=3, max_length=3)]
 _Anchors = Annotated[list[_Level], Meta(min_length=3, max_length=3)]

@@ -317,11 +317,11 @@ def _labelled_classes(name, names, labels):
     return np.array([n in labels for n in names])
 
 
-def _box_places(records, rows):
-    "Where some boxes are, for a list of problems."
+def _box_places(name, records, rows):
+    "Where some boxes of a data set are, for a list of problems."
     for k in rows:
         i, label = records.gt["image"][k], records.gt["label"][k]
-        place = records.files[i] if records.files else f"image {records.ids[i]}"
+        place = records.files[i] if records.files else f"{name}: image {records.ids[i]}"
         numbers = " ".join(f"{v:g}" for v in records.gt["box"][k])
         yield f"{place}: {records.names[label]} {numbers}"
 
@@ -335,7 +335,7 @@ def _as_part(name, records, labelled, new_names, names, weight):
     gt, problems = records.gt, {kind: list(p) for kind, p in records.problems.items()}
     kept = labelled[gt["label"]]
     if not kept.all():
-        places = list(_box_places(records, np.flatnonzero(~kept)))
+        places = list(_box_places(name, records, np.flatnonzero(~kept)))
         problems["box of a class that is not labelled"] = places
     counts = np.bincount(gt["label"], minlength=len(labelled))
     empty = [new_names[c] for c in np.flatnonzero(labelled & (counts == 0))]

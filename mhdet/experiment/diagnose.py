@@ -92,7 +92,7 @@ def _check_images(cfg, split, records):
     check_splits(cfg, {split: records}, (split,))
     if len(records) < 2:
         raise ValueError(
-            f"{cfg.data.data}: {split} has 1 image; an interval over images needs 2 or more"
+            f"{cfg.data.place}: {split} has 1 image; an interval over images needs 2 or more"
         )
 
 
@@ -135,11 +135,11 @@ def detect_split(target, chosen=None, split="val", root="runs", max_images=None)
         model = imported_model(target, read_checkpoint(target), cfg, records.names)
     difference = class_difference(records.names, model.head.partition.names)
     if difference:
-        raise ValueError(f"{cfg.data.data}: its classes are not those of {target}: {difference}")
+        raise ValueError(f"{cfg.data.place}: its classes are not those of {target}: {difference}")
     if max_images and max_images < len(records):
         records = records.subset(np.arange(max_images) * len(records) // max_images)
     data = dataset(cfg, records)
-    tell(problem_lines({split: replace(records, problems=data.records.problems)}, cfg.data.data))
+    tell(problem_lines({split: replace(records, problems=data.records.problems)}, cfg.data.place))
     model = model.to(make_accelerator(cfg.training.device).device)
     dt, _ = predict(model, data, **limits(cfg))
     found = data.records

@@ -39,6 +39,7 @@ from mhdet.experiment.checks import (
     check_batch,
     check_resume,
     check_splits,
+    label_lines,
     leak_lines,
     tell,
     write_images,
@@ -295,8 +296,12 @@ def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",)
         build_cfg = with_anchors(cfg, splits["train"], notes)
     model = build(build_cfg, splits["train"].names, root, notes)
     design = design_of(cfg)
+    if design and splits["train"].known is not None:
+        raise ValueError(f"three_scale: {cfg.data.place}: images must be labelled for all classes")
     if design:
         design.fit_to_data(cfg, model, splits["train"])
+    else:
+        notes += label_lines(splits["train"], model.head.partition)
     make_loss(cfg, model, make_teacher(cfg, splits["train"].names, root))
     compose(cfg.data, cfg.training.epochs, model.head.partition.head_of)
     callbacks(cfg.override(ema=0), Path(), model, splits.get("dev"))  # no copy only to check
@@ -323,7 +328,7 @@ def _tell_problems(cfg, splits, decoded, notes, accelerator, told):
         if data:
             splits = splits | {split: replace(splits[split], problems=data.records.problems)}
     if accelerator.is_main_process:
-        tell([*notes, *problem_lines(splits, cfg.data.data)], told)
+        tell([*notes, *problem_lines(splits, cfg.data.place)], told)
     return problem_counts(splits)
 
 
@@ -424,7 +429,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=(), told
     model, notes = check_run(cfg, splits, root, run, process[1], start=start_run)
     cfg = keep_anchors(cfg, model)
     if own_data and not run and accelerator.is_main_process:
-        notes += leak_lines(cfg.data.data, splits, Path(root) / ".cache")
+        notes += leak_lines(cfg.data.place, splits, Path(root) / ".cache")
     partition = model.head.partition
     data = dataset(cfg, splits["train"], True, partition.head_of)
     batches = loader(data, cfg.data.batch, cfg.data.workers, process=process)
