@@ -202,7 +202,8 @@ def config_sources(args, words, options):
         name, equal, value = word.partition("=")
         if name == "--config" or name in names:
             value = value if equal else next(rest, "")
-            if name == "--data" and value.startswith("["):  # several: read as a word
+            if name == "--data" and value.startswith("[") and value.endswith("]"):
+                # several data sets, which are read as a word
                 out.append(f"data={value}")
             else:
                 out.append(Path(value) if name == "--config" else {name[2:]: value})

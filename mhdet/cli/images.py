@@ -54,7 +54,7 @@ def _data(
     if names and "data" in chosen:
         raise ValueError(f"{names[0]} and data={chosen['data']}: expected one data set")
     source = names[0] if names else chosen.get("data", "toy")
-    if names and source.startswith("["):
+    if names:
         source = load_config(f"data={source}").data.data
     records = {
         name: check_images(split) for name, split in open_data(source, dev=0, test=True).items()

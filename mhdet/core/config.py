@@ -447,7 +447,7 @@ def _is_text(field):
 
 
 def _is_text_or_list(field):
-    "Whether a key takes text, or a list, which begins with a bracket then."
+    "Whether a key takes text, or a list: in a word, a text in brackets."
     kinds = {type(kind) for kind in _kinds(field.type)}
     return kinds == {msgspec.inspect.StrType, msgspec.inspect.ListType}
 
@@ -529,7 +529,8 @@ def _parsed_word(field, text, where):
     """
     if text in ("", "null") and _is_optional(field):
         return None
-    if not text or _is_text(field) or (_is_text_or_list(field) and not text.startswith("[")):
+    in_brackets = text.startswith("[") and text.endswith("]")
+    if not text or _is_text(field) or (_is_text_or_list(field) and not in_brackets):
         return text
     return parsed(f"{where}: {field.name}", "YAML", lambda: _word_as_yaml(text))
 
