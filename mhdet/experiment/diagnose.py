@@ -550,7 +550,7 @@ def diagnose(
         say(note)
     say(f"1/4 AP and its interval, errors, calibration: {len(s.dt['label']):,} detections")
     matrix = confusion(s.gt, s.dt, nc, len(s.ids), conf)
-    result = dict(name=s.name, data=s.cfg.data.data, split=s.split, images=len(s.ids), conf=conf)
+    result = dict(name=s.name, data=s.cfg.data.place, split=s.split, images=len(s.ids), conf=conf)
     result |= dict(objects=int((~s.gt["crowd"]).sum()), detections=len(s.dt["label"]))
     result |= dict(accuracy=_accuracy(s, conf, n, seed), calibration=_calibration(s))
     say("2/4 partitions, and the bound on what they can gain")
