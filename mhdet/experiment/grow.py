@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SET_BY_GROWING', 'COMPARED', 'RECIPE', 'grow_config', 'same_detections', 'grow_report', 'grow']
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #add48b2e
+# %% ../../nbs/06_experiment/15_grow.ipynb #3355ba5c
 import copy
 import json
 import re
@@ -27,7 +27,7 @@ from ..model.growth import add_head
 from ..partition.heads import save_heads
 from ..training.learner import make_accelerator
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #b682d8cf
+# %% ../../nbs/06_experiment/15_grow.ipynb #5d8454ad
 SET_BY_GROWING = ("data", "weights", "transfer", "heads", "grow_from")
 COMPARED = 200  # images in which old detections are compared bit by bit
 # In place of the recipe of the run that grows; a teacher and frozen parts come on top.
@@ -59,7 +59,9 @@ def _new_classes(ref, model, data, labels, dev):
     known = [name for name in train.names if name in partition.names]
     fresh = [name for name in train.names if name not in known]
     if known:
-        advice = f"labels {','.join(fresh)} takes the new ones alone" if fresh else "nothing is new"
+        advice = (
+            f"--labels {','.join(fresh)} takes the new ones alone" if fresh else "nothing is new"
+        )
         raise ValueError(f"{data}: {ref} knows {', '.join(known)} already; {advice}")
     gt = train.gt
     counts = np.bincount(gt["label"][~(gt["ignore"] | gt["crowd"])], minlength=len(fresh))
@@ -187,7 +189,7 @@ def grow_config(
     batch, more = _batch(own.override(**changes).data, n_old + n_new)
     return own.override(**RECIPE | how | changes | batch | given), grown, [*lines, *more]
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #73fcf823
+# %% ../../nbs/06_experiment/15_grow.ipynb #60eb2075
 def _split_to_judge(splits, new):
     "val, or dev where only that has boxes of the new classes."
     for split in ("val", "dev"):
@@ -294,7 +296,7 @@ def grow_report(ref, root="runs", device="auto", engine="pycocotools"):
         "compared": len(some),
     }
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #47648af0
+# %% ../../nbs/06_experiment/15_grow.ipynb #1f71c363
 def grow(ref, data, root="runs", quiet=False, **how):
     """Add a head for new classes to a trained detector, and train it.
 
