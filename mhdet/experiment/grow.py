@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SET_BY_GROWING', 'COMPARED', 'RECIPE', 'grow_config', 'same_detections', 'grow_report', 'grow']
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #3355ba5c
+# %% ../../nbs/06_experiment/15_grow.ipynb #d882feee
 import copy
 import json
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.config import data_text
+from ..core.config import data_text, load_config
 from ..core.files import write_atomic
 from ..core.runs import JsonLog, check_run_name, find_run
 from ..data.splits import open_data
@@ -27,7 +27,7 @@ from ..model.growth import add_head
 from ..partition.heads import save_heads
 from ..training.learner import make_accelerator
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #5d8454ad
+# %% ../../nbs/06_experiment/15_grow.ipynb #5712abc2
 SET_BY_GROWING = ("data", "weights", "transfer", "heads", "grow_from")
 COMPARED = 200  # images in which old detections are compared bit by bit
 # In place of the recipe of the run that grows; a teacher and frozen parts come on top.
@@ -166,9 +166,11 @@ def grow_config(
     for key in SET_BY_GROWING:
         if key in changes:
             raise ValueError(f"{key}: growing sets it itself")
-    model, own = load_run(ref, root)
+    folder = find_run(ref, root)[0]
+    own = load_config(folder / "config.yaml")
     if own.network.three_scale is not None:
         raise ValueError(f"{ref}: three_scale has no heads to which one could be added")
+    model, _ = load_run(ref, root)
     if not 0 <= replay <= 1:
         raise ValueError(f"replay: must be 0..1, got {replay}")
     dev = changes.get("dev", own.data.dev)
@@ -177,7 +179,6 @@ def grow_config(
     name = grown.heads[-1].name
     names = model.head.partition.names
     sets, n_old, lines = _with_old_data(ref, own.data.data, names, entry, replay, dev)
-    folder = find_run(ref, root)[0]
     run = changes.get("run") or folder.name + "-" + re.sub(r"[^\w.-]+", "_", name)
     if unfreeze is None:
         how = dict(learn=[name], freeze=None, distill=None)
@@ -189,7 +190,7 @@ def grow_config(
     batch, more = _batch(own.override(**changes).data, n_old + n_new)
     return own.override(**RECIPE | how | changes | batch | given), grown, [*lines, *more]
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #60eb2075
+# %% ../../nbs/06_experiment/15_grow.ipynb #183e4839
 def _split_to_judge(splits, new):
     "val, or dev where only that has boxes of the new classes."
     for split in ("val", "dev"):
@@ -296,7 +297,7 @@ def grow_report(ref, root="runs", device="auto", engine="pycocotools"):
         "compared": len(some),
     }
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #1f71c363
+# %% ../../nbs/06_experiment/15_grow.ipynb #2d9601f2
 def grow(ref, data, root="runs", quiet=False, **how):
     """Add a head for new classes to a trained detector, and train it.
 
