@@ -433,6 +433,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
     "focal",
     "anchor_t",
+    "exclusive",
 )
 
 
