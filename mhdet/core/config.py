@@ -263,7 +263,7 @@ class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = "train"
     exclusive: Annotated[
         bool,
-        _about("whether an object is none of the classes that its data set does not label"),
+        _about("whether an object can be in no class that its data set does not label"),
     ] = True
     box_gain: Annotated[_Amount, _about("weight of the box loss at 640 px")] = 0.1
     obj_gain: Annotated[_Amount, _about("weight of the objectness loss at 640 px")] = 10.0

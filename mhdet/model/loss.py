@@ -297,8 +297,8 @@ class RoutedLoss(nn.Module):
     gr : float
         Share of the CIoU in the objectness target, 0..1; the rest is 1.
     exclusive : bool
-        Whether an object is none of the classes that its image is not labelled for: then their
-        class rows learn *no* from it, as `negatives` says; otherwise nothing (`known`).
+        Whether an object can be in no class that its image is not labelled for: then the rows of
+        these classes learn *no* from it, as `negatives` says; otherwise nothing (`known`).
     autobalance : bool
         Whether `balance` follows the levels' losses, relative to stride 16.
     validate : bool
@@ -370,11 +370,9 @@ class RoutedLoss(nn.Module):
         self.smoothing = label_smoothing
         self.gamma, self.alpha = focal, alpha
         self.cls_pw, self.obj_pw = cls_pw, obj_pw
-        self.anchor_t = anchor_t
-        self.gr = gr
-        self.exclusive = exclusive
+        self.anchor_t, self.gr = anchor_t, gr
         self.autobalance = autobalance
-        self.merge = merge
+        self.exclusive, self.merge = exclusive, merge
         numbers = dict(
             weights=partition.weights,
             anchors=anchors,
