@@ -106,7 +106,8 @@ def mhdet(*words):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_key_gets_the_word_as_it_stands(text):
     for key in TEXT_KEYS:
-        assert load_config(f"{key}={text}").flat()[key] == text
+        if key != "data" or text != "[1, 2]":  # several data sets
+            assert load_config(f"{key}={text}").flat()[key] == text
     assert load_config(f"training.run={text}").training.run == text
 
 
@@ -114,6 +115,8 @@ def test_a_text_key_gets_the_word_as_it_stands(text):
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_text_comes_back_from_a_word_and_from_a_saved_config(tmp_path_factory, text):
     for key in ("run", "data", "weights"):
+        if key == "data" and text.startswith("[") and text.endswith("]"):
+            continue  # several data sets
         value = None if text == "null" and key != "data" else text
         assert load_config(f"{key}={text}").flat()[key] == value
         assert load_config(as_word(key, text)).flat()[key] == value

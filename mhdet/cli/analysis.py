@@ -135,7 +135,7 @@ def predict_run(ref, chosen, records, **limits):
     data = dataset(cfg, records(cfg, partition.names))
     difference = class_difference(data.records.names, partition.names)
     if difference:
-        raise ValueError(f"{cfg.data.data}: its classes are not those of run {ref}: {difference}")
+        raise ValueError(f"{cfg.data.place}: its classes are not those of run {ref}: {difference}")
     model = model.to(make_accelerator(cfg.training.device).device)
     return partition, data, predict(model, data, **usual_limits(cfg, **limits))[0]
 
@@ -212,7 +212,12 @@ def _eval(
     by_metric = [{"metric": name, **result[name]} for name in metrics]
     by_head = [{"head": head, **row} for head, row in enumerate(result.get("per_head", ()))]
     by_class = [{"class": name, **row} for name, row in result["per_class"].items()]
-    parts = [text_table(table) for table in (by_metric, by_head, by_class) if table]
+    by_source = []
+    for name, figures in result.get("per_source", {}).items():
+        ap50 = {f"{metric} AP50": figures[metric]["AP50"] for metric in metrics}
+        by_source.append({"data set": name, "images": figures["n"], **ap50})
+    tables = by_metric, by_source, by_head, by_class
+    parts = [text_table(table) for table in tables if table]
     return result, "\n\n".join([*parts, f"P, R and F1 at score {conf:g} and IoU .5"])
 
 # %% ../../nbs/11_cli/02_analysis.ipynb #7aa39874

@@ -172,7 +172,7 @@ def run_line(line, folder="."):
 ROOT = "runs"
 # config keys that are options too
 KEY_OPTIONS = {
-    "data": "A folder, a YAML, or toy.",
+    "data": "A folder, a YAML, or toy; several: [a,b].",
     "heads": "A head file.",
     "seed": "Seed.",
     "device": "auto, cpu, cuda.",
@@ -202,7 +202,11 @@ def config_sources(args, words, options):
         name, equal, value = word.partition("=")
         if name == "--config" or name in names:
             value = value if equal else next(rest, "")
-            out.append(Path(value) if name == "--config" else {name[2:]: value})
+            if name == "--data" and value.startswith("[") and value.endswith("]"):
+                # several data sets, which are read as a word
+                out.append(f"data={value}")
+            else:
+                out.append(Path(value) if name == "--config" else {name[2:]: value})
         elif word in words:
             out.append(word)
     return out

@@ -45,6 +45,7 @@ def _data(
 
     Counted and listed, nothing rewritten.
     """
+    from mhdet.core.config import load_config
     from mhdet.data.overlaps import leaks, noted
     from mhdet.data.splits import census, check_images, open_data, resize_copy
 
@@ -53,6 +54,8 @@ def _data(
     if names and "data" in chosen:
         raise ValueError(f"{names[0]} and data={chosen['data']}: expected one data set")
     source = names[0] if names else chosen.get("data", "toy")
+    if names:
+        source = load_config(f"data={source}").data.data
     records = {
         name: check_images(split) for name, split in open_data(source, dev=0, test=True).items()
     }

@@ -49,6 +49,8 @@ def _open(name, chosen, split, most):
     split = split or ("dev" if cfg.data.dev else "val")
     records = open_data(cfg.data.data, split, cfg.data.dev)[split]
     check_splits(cfg, {split: records}, (split,))
+    if records.known is not None:
+        raise ValueError(f"{cfg.data.place}: probe needs images that are labelled for all classes")
     tell_data(folder, cfg, split, records)
     data = dataset(cfg, _spaced(records, most))
     return folder, model.to(make_accelerator(cfg.training.device).device), own, cfg, data, split

@@ -611,7 +611,7 @@ def _warped(cfg, choose, ds, i, rng, single):
     "The parameters chosen for sample i, and image, boxes, labels of it after mosaic and warp."
     image, boxes, labels = ds.square(i)[:3]
     if rng.random() < cfg.mosaic and not single:
-        tiles = [ds.tile(k) for k in (i, *rng.integers(len(ds), size=3).tolist())]
+        tiles = [ds.tile(k) for k in (i, *ds.draw(i, rng, 3).tolist())]
         image, boxes, labels = mosaic(tiles, ds.imgsz, rng)
     p = choose(labels, rng)
     strengths = (0,) * 5
@@ -656,8 +656,8 @@ def compose(cfg, epochs=None, head_of=None):
     -------
     callable
         `augment(ds, i, rng, epoch=None) -> image uint8 (3, S, S), boxes (m, 4) xyxy px, labels
-        (m,)`, for `DetDataset`; from epoch `epochs` - `close_mosaic` on, counted from 0, without
-        mosaic and mixup.
+        (m,)`, for a `DetDataset`, whose `draw` chooses the other images of mosaics and mixtures;
+        from epoch `epochs` - `close_mosaic` on, counted from 0, without mosaic and mixup.
 
     Raises
     ------
@@ -679,7 +679,7 @@ def compose(cfg, epochs=None, head_of=None):
         single = None not in (epochs, epoch) and epoch >= epochs - cfg.close_mosaic
 
         def partner():
-            other = int(rng.integers(len(ds)))
+            other = int(ds.draw(i, rng))
             return _warped(cfg, choose, ds, other, rng, single)[1]
 
         p, sample = _warped(cfg, choose, ds, i, rng, single)

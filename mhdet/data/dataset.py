@@ -92,12 +92,23 @@ def _must_be(name, value, allowed):
         raise ValueError(f"{name} must be {words}, got {value!r}")
 
 # %% ../../nbs/01_data/12_dataset.ipynb #568df859
+def _label_groups(known):
+    """Images that may be put into one with another image, by what that one is labelled for.
+
+    Returns the group of each image (n,), and for each group the images that are labelled for all
+    of its classes, at least.
+    """
+    rows, group = np.unique(known, axis=0, return_inverse=True)
+    return group.reshape(-1), [np.flatnonzero((known >= row).all(1)) for row in rows]
+
+
 class DetDataset(torch.utils.data.Dataset):
     """Images of a split as squares with targets.
 
     `ds[i]` or `ds[(epoch, i)]` is the tuple `image` uint8 (3, S, S), `targets` float32 (m, 5),
     which are class and cx, cy, w, h in 0..1, `i`, and `params` float32 (4,) of `letterbox`, which
-    are 0 after `augment`.
+    are 0 after `augment`. Where the records have `known`, that of the image is the fifth, bool
+    Tensor (nc,).
 
     Parameters
     ----------
@@ -155,6 +166,8 @@ class DetDataset(torch.utils.data.Dataset):
             self.records, self.squares, self.params, self._kept = _decode_all(records, imgsz, disk)
             of_box = self.params[self.records.gt["image"]]
             self._targets = self._to_square(slice(None), of_box)
+        known = self.records.known
+        self._groups = None if known is None else _label_groups(known)
         # the boxes of image i are rows first[i] to first[i + 1]
         self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
 
@@ -192,6 +205,18 @@ class DetDataset(torch.utils.data.Dataset):
         inside = image[:, y : y + round(h * sy), x : x + round(w * sx)]
         return inside, boxes - params[[2, 3, 2, 3]], labels
 
+    def draw(self, i, rng, size=None):
+        """Positions of random images to put into one with image i, int or array (size,).
+
+        They are labelled for every class that image i is labelled for: otherwise their unlabelled
+        objects would be background.
+        """
+        if self._groups is None:
+            return rng.integers(len(self), size=size)
+        group, members = self._groups
+        pool = members[group[i]]
+        return pool[rng.integers(len(pool), size=size)]
+
     def __len__(self):
         return len(self.records)
 
@@ -204,13 +229,27 @@ class DetDataset(torch.utils.data.Dataset):
         else:
             image, boxes, labels, params = self.square(i)
         targets = torch.cat([labels[:, None].float(), to_cxcywh(boxes) / self.imgsz], 1)
-        return image, targets, i, params
+        if self.records.known is None:
+            return image, targets, i, params
+        return image, targets, i, params, torch.from_numpy(self.records.known[i])
 
 # %% ../../nbs/01_data/12_dataset.ipynb #f2d06660
+def _weighted_order(weights, rng):
+    "A random order of n places, in which an image has n w / sum(w) places, rounded by chance."
+    # Systematic sampling: image i, in random order, has as many places as there are whole numbers
+    # between its ends on the line of the summed shares, which starts at a random point of 0..1.
+    n, first = len(weights), rng.permutation(len(weights))
+    total = np.cumsum(weights[first])
+    ends = np.floor(total / total[-1] * n + rng.random()).astype(int)
+    ends[-1] = n
+    return rng.permutation(np.repeat(first, np.diff(ends, prepend=0)))
+
+
 class EpochBatches:
     """A batch sampler of `(epoch, index)` pairs; iterating yields lists of (int, int).
 
     The order of an epoch is a permutation drawn from `(seed, epoch)`, or 0..n-1 without `shuffle`.
+    With weights it has n places all the same, and images share them by weight.
     The attribute `turns` is a slice of the batches that are to be yielded.
 
     Parameters
@@ -225,21 +264,31 @@ class EpochBatches:
         Leave out a smaller last batch.
     process : (int, int)
         This process, from 0, and how many there are; of every batch it gets its share.
+    weights : float array (n,), optional
+        How often each sample comes, relative to the others, with `shuffle`.
 
     Raises
     ------
     ValueError
-        Not one batch can be made, or not every process and part can have an image.
+        Not one batch can be made, or not every process and part can have an image; weights that are
+        not above 0, or not one for each sample.
     """
 
     turns = slice(None)
 
-    def __init__(self, n, batch, shuffle=True, seed=0, drop_last=False, process=(0, 1)):
+    def __init__(
+        self, n, batch, shuffle=True, seed=0, drop_last=False, process=(0, 1), weights=None
+    ):
         if n < 1 or batch < 1 or (drop_last and n < batch):
             raise ValueError(f"batch={batch}: cannot be made of {n} images")
         if batch % process[1]:
             raise ValueError(f"batch={batch}: {process[1]} processes cannot share it equally")
+        if weights is not None:
+            weights = np.asarray(weights, float)
+            if weights.shape != (n,) or not (np.isfinite(weights) & (weights > 0)).all():
+                raise ValueError(f"weights: expected {n} finite numbers above 0")
         self.n = n
+        self.weights = weights
         self.batch_size = batch
         self.shuffle = shuffle
         self.seed = seed
@@ -268,7 +317,9 @@ class EpochBatches:
         process, world = self.process
         order = np.arange(self.n)
         if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            rng = np.random.default_rng([self.seed, epoch])
+            weighted = self.weights is not None
+            order = _weighted_order(self.weights, rng) if weighted else rng.permutation(self.n)
         for k in range(self.start, len(self))[self.turns]:
             whole, part = divmod(k, self.parts)
             batch = order[whole * size : (whole + 1) * size]
@@ -294,17 +345,20 @@ def collate(items):
         Positions in the split.
     params : Tensor (B, 4) float32
         Of `letterbox`.
+    known : Tensor (B, nc) bool
+        Only where the samples have it.
 
     Raises
     ------
     RuntimeError
         Images of different size.
     """
-    images, targets, indices, params = zip(*items, strict=True)
+    images, targets, indices, params, *known = zip(*items, strict=True)
     counts = torch.tensor([len(t) for t in targets])
     position = torch.repeat_interleave(torch.arange(len(targets)), counts)
     targets = torch.cat([position[:, None].float(), torch.cat(targets)], 1)
-    return torch.stack(images), targets, torch.tensor(indices), torch.stack(params)
+    more = map(torch.stack, known)
+    return torch.stack(images), targets, torch.tensor(indices), torch.stack(params), *more
 
 # %% ../../nbs/01_data/12_dataset.ipynb #880d47a0
 def _ignore_signals(worker):
@@ -431,7 +485,8 @@ def loader(
     workers : int
         Processes; 0 makes samples where they are used.
     shuffle : bool
-        A new order every epoch; `loader.batch_sampler.set_epoch(e, start)` chooses it.
+        A new order every epoch, by the weights of the records where they have any;
+        `loader.batch_sampler.set_epoch(e, start)` chooses it.
     seed : int, optional
         Of the order; default the data set's.
     drop_last : bool, optional
@@ -453,7 +508,7 @@ def loader(
     """
     seed = ds.seed if seed is None else seed
     drop_last = shuffle if drop_last is None else drop_last
-    order = EpochBatches(len(ds), batch, shuffle, seed, drop_last, process)
+    order = EpochBatches(len(ds), batch, shuffle, seed, drop_last, process, ds.records.weight)
     return Loader(ds, order, workers, collate_fn)
 
 # %% ../../nbs/01_data/12_dataset.ipynb #7c1d0e53
@@ -476,12 +531,17 @@ def torchvision_collate(items):
     Raises
     ------
     ValueError
-        A sample without its four parts.
+        A sample without its four parts, or one that is labelled for some classes only.
 
     References
     ----------
     torchvision.models.detection
     """
+    if len(items[0]) > 4:
+        raise ValueError(
+            "images that are labelled for some classes only: torchvision's detectors would take "
+            "what is not labelled for background"
+        )
     images, dicts = [], []
     for image, targets, index, params in items:
         images.append(image.float() / 255)

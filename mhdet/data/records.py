@@ -122,6 +122,13 @@ class Records:
     pixels : uint8 array (n, H, W, 3), or None
     listed : int
         How many images the source names; default n and those lost.
+    known : bool array (n, nc), or None
+        Classes that each image is labelled for; None: all. A box of another class is a pseudo box,
+        which is not learned as an object.
+    sources : list (n,) of str, or None
+        Data set of each image, where several were put together.
+    weight : float array (n,), or None
+        How often each image is drawn in training, relative to the others; None: all alike.
 
     Raises
     ------
@@ -140,6 +147,9 @@ class Records:
     problems: dict = field(default_factory=dict)
     pixels: np.ndarray | None = None
     listed: int = 0
+    known: np.ndarray | None = None
+    sources: list | None = None
+    weight: np.ndarray | None = None
 
     def __post_init__(self):
         self.listed = self.listed or len(self.ids) + self.lost()
@@ -186,6 +196,9 @@ class Records:
             sizes=self.sizes[indices],
             gt=gt | {"image": image[order]},
             pixels=None if self.pixels is None else self.pixels[indices],
+            known=None if self.known is None else self.known[indices],
+            sources=None if self.sources is None else [self.sources[i] for i in indices],
+            weight=None if self.weight is None else self.weight[indices],
         )
 
 # %% ../../nbs/01_data/02_records.ipynb #106195bd
@@ -211,6 +224,7 @@ _EFFECTS = {
         "box in shares of the image",
         "number outside 0..1",
         "line with",
+        "box of a class that is not labelled",
     ),
     "repaired": (
         "image file spelled otherwise",

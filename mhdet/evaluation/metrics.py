@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_DETS', 'IOUS', 'SIZES', 'ENGINES', 'METRICS', 'pr_curve', 'ap_area', 'ap_voc07', 'ap_coco', 'ap_source',
-           'paired_iou', 'Matches', 'match_dets', 'ap_per_class', 'operating_point', 'evaluate']
+           'paired_iou', 'Matches', 'match_dets', 'ap_per_class', 'operating_point', 'evaluate', 'drop_unlabelled',
+           'evaluate_sources']
 
 # %% ../../nbs/02_evaluation/00_metrics.ipynb #2f9668d7
 import contextlib
@@ -694,3 +695,72 @@ def evaluate(
             row = dict(AP50=_mean(ap50[of_head]), AP=_mean(ap[of_head]), n=int(n[of_head].sum()))
             out["per_head"].append(row)
     return _defined(out | {k: float(v[-1]) for k, v in point.items()})
+
+# %% ../../nbs/02_evaluation/00_metrics.ipynb #f54ef50d
+def drop_unlabelled(boxes, known):
+    """Boxes of classes that their image is labelled for.
+
+    Parameters
+    ----------
+    boxes : dict of arrays (N,)
+        With `image` and `label`: ground truth or detections.
+    known : bool array (n, nc), or None
+        Classes that each image is labelled for; None: all.
+
+    Returns
+    -------
+    dict of arrays
+
+    Raises
+    ------
+    IndexError
+        An image or a class that `known` does not have.
+    """
+    if known is None:
+        return boxes
+    kept = known[boxes["image"], boxes["label"]]
+    return {k: v[kept] for k, v in boxes.items()}
+
+
+def evaluate_sources(gt, dt, names, known, sources, *args, **more):
+    """The figures of each data set of a split, over the classes that it labels.
+
+    Parameters
+    ----------
+    gt, dt, names
+        As for `evaluate`.
+    known : bool array (n, nc), or None
+        As for `drop_unlabelled`.
+    sources : list (n,) of str
+        Data set of each image.
+    *args, **more
+        As for `evaluate`, from `metrics` on.
+
+    Returns
+    -------
+    dict
+        Name of the data set -> as from `evaluate`, with `n` images; `per_class` has its classes
+        only.
+
+    Raises
+    ------
+    ValueError
+        As `evaluate`.
+    """
+    gt, dt = drop_unlabelled(gt, known), drop_unlabelled(dt, known)
+    out, source_of = {}, np.array(sources)
+    for source in dict.fromkeys(sources):
+        chosen = source_of == source
+        position = np.where(chosen, np.cumsum(chosen) - 1, -1)
+        parts = []
+        for boxes in (gt, dt):
+            image = position[boxes["image"]]
+            part = {k: v[image >= 0] for k, v in boxes.items()}
+            parts.append(part | {"image": image[image >= 0]})
+        n = int(chosen.sum())
+        result = evaluate(*parts, names, n, *args, **more)
+        if known is not None:
+            own = zip(names, known[chosen].any(0), strict=True)
+            result["per_class"] = {name: result["per_class"][name] for name, has in own if has}
+        out[source] = {"n": n} | result
+    return out

@@ -407,7 +407,7 @@ def load_base(ref, cfg, names, root="runs"):
     difference = class_difference(names, model.head.partition.names)
     if difference:
         raise ValueError(
-            f"--base {ref}: its classes are not those of {cfg.data.data}: {difference}"
+            f"--base {ref}: its classes are not those of {cfg.data.place}: {difference}"
         )
     if model.head.nh > 1:
         raise ValueError(

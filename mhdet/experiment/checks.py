@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITHOUT_BOXES', 'STRIDE', 'ONE_VALUE', 'NUM_HEADS', 'counted_boxes', 'check_splits', 'check_batch',
            'choose_num_heads', 'check_partition', 'class_difference', 'write_images', 'Change', 'data_changes',
-           'check_same_data', 'check_resume', 'leak_lines', 'tell', 'tell_data']
+           'check_same_data', 'check_resume', 'leak_lines', 'label_lines', 'tell', 'tell_data']
 
 # %% ../../nbs/06_experiment/00_checks.ipynb #a6cb3cd4
 import csv
@@ -86,7 +86,7 @@ def check_splits(cfg, splits, needed=("train",)):
     ValueError
         A needed split is missing, or has no images or no boxes that count.
     """
-    data, notes = cfg.data.data, []
+    data, notes = cfg.data.place, []
     for split in dict.fromkeys((*needed, *splits)):
         if split not in splits:
             raise ValueError(f"{data}: no {split} split; there is {', '.join(splits) or 'none'}")
@@ -129,7 +129,7 @@ def check_batch(cfg, images, processes=1):
     if images < batch:
         advice = f"give batch={images} or less" if images else "there is nothing to train on"
         raise ValueError(
-            f"{cfg.data.data}: train has {images} images, fewer than batch={batch}; {advice}"
+            f"{cfg.data.place}: train has {images} images, fewer than batch={batch}; {advice}"
         )
     side, words = cfg.data.imgsz, f"imgsz={cfg.data.imgsz}"
     if training.multi_scale:
@@ -352,7 +352,7 @@ def check_same_data(run, cfg, splits):
     ValueError
         Other classes, or other images in train or dev.
     """
-    data, notes = cfg.data.data, []
+    data, notes = cfg.data.place, []
     difference = class_difference(splits["train"].names, load_heads(run / "heads.yaml").names)
     if difference:
         raise ValueError(f"{data}: its classes are not those of run {run}: {difference}")
@@ -424,6 +424,40 @@ def leak_lines(data, splits, cache):
         lines.append(f"{data}: {leak_line(leak)}; the first: {places}")
     return lines
 
+# %% ../../nbs/06_experiment/00_checks.ipynb #1c28ddb5
+def label_lines(records, partition):
+    """Heads of which some images are labelled for a part, as lines of text.
+
+    Parameters
+    ----------
+    records : Records
+        Of the train split.
+    partition : Partition
+
+    Returns
+    -------
+    list of str
+        One for each such head.
+
+    Raises
+    ------
+    IndexError
+        A partition of more classes than the records have.
+    """
+    if records.known is None:
+        return []
+    lines = []
+    for head in partition.heads:
+        known = records.known[:, head.classes]
+        n = (known.any(1) & ~known.all(1)).sum()
+        if n:
+            lines.append(
+                f"head '{head.name}': {n} of {len(records)} images of train are labelled for some "
+                "of its classes only, and objects of the others are background for it there; "
+                "classes of different data sets need different heads (heads=)"
+            )
+    return lines
+
 # %% ../../nbs/06_experiment/00_checks.ipynb #c79e12d9
 def tell(lines, told=None):
     """Tell what was found, as one warning for each line.
@@ -472,13 +506,13 @@ def tell_data(run, cfg, split, records, told=None):
     UserWarning
         One line for each.
     """
-    data = cfg.data.data
+    data = cfg.data.place
     difference = class_difference(records.names, load_heads(run / "heads.yaml").names)
     if difference:
         raise ValueError(f"{data}: its classes are not those of run {run.name}: {difference}")
     lines = problem_lines({split: records}, data)
     own = load_config(run / "config.yaml").data
-    if (own.data, own.dev) == (data, cfg.data.dev):
+    if (own.data, own.dev) == (cfg.data.data, cfg.data.dev):
         for change in data_changes(run / "images.csv", {split: records}).values():
             lines.append(f"{data}: {split} is not what it was when {run} began: {change}")
     tell(lines, told)

@@ -91,7 +91,7 @@ def _check_images(cfg, split, records):
     check_splits(cfg, {split: records}, (split,))
     if len(records) < 2:
         raise ValueError(
-            f"{cfg.data.data}: {split} has 1 image; an interval over images needs 2 or more"
+            f"{cfg.data.place}: {split} has 1 image; an interval over images needs 2 or more"
         )
 
 
@@ -134,11 +134,11 @@ def detect_split(target, chosen=None, split="val", root="runs", max_images=None)
         model = imported_model(target, read_checkpoint(target), cfg, records.names)
     difference = class_difference(records.names, model.head.partition.names)
     if difference:
-        raise ValueError(f"{cfg.data.data}: its classes are not those of {target}: {difference}")
+        raise ValueError(f"{cfg.data.place}: its classes are not those of {target}: {difference}")
     if max_images and max_images < len(records):
         records = records.subset(np.arange(max_images) * len(records) // max_images)
     data = dataset(cfg, records)
-    tell(problem_lines({split: replace(records, problems=data.records.problems)}, cfg.data.data))
+    tell(problem_lines({split: replace(records, problems=data.records.problems)}, cfg.data.place))
     model = model.to(make_accelerator(cfg.training.device).device)
     dt, _ = predict(model, data, **limits(cfg))
     found = data.records
@@ -532,7 +532,7 @@ def diagnose(
         say(note)
     say(f"1/4 AP and its interval, errors, calibration: {len(s.dt['label']):,} detections")
     matrix = confusion(s.gt, s.dt, nc, len(s.ids), conf)
-    result = dict(name=s.name, data=s.cfg.data.data, split=s.split, images=len(s.ids), conf=conf)
+    result = dict(name=s.name, data=s.cfg.data.place, split=s.split, images=len(s.ids), conf=conf)
     result |= dict(objects=int((~s.gt["crowd"]).sum()), detections=len(s.dt["label"]))
     result |= dict(accuracy=_accuracy(s, conf, n, seed), calibration=_calibration(s))
     say("2/4 partitions, and the bound on what they can gain")

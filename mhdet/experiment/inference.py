@@ -19,7 +19,7 @@ from ..data.boxes import unletterbox
 from ..data.dataset import DetDataset, loader
 from ..data.splits import census, open_data
 from ..evaluation.confusion import confusion, write_confusion
-from ..evaluation.metrics import evaluate
+from ..evaluation.metrics import drop_unlabelled, evaluate, evaluate_sources
 from ..evaluation.results import write_results
 from .checks import tell_data
 from .models import load_run
@@ -90,9 +90,10 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
     Returns
     -------
     (dict of arrays, dict)
-        `image, label, box` (xyxy px of the original image, clipped to it), `score`; and `ms` per
-        image from batch to detections, with the means of the terms (`box`, `obj`, `cls`) if a loss
-        was given.
+        Without detections of classes that their image is not labelled for: nobody knows whether
+        they are right. `image, label, box` (xyxy px of the original image, clipped to it), `score`;
+        and `ms` per image from batch to detections, with the means of the terms (`box`, `obj`,
+        `cls`) if a loss was given.
 
     Raises
     ------
@@ -110,12 +111,12 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
         process, processes = accelerator.process_index, accelerator.num_processes
         batches.batch_sampler.turns = slice(process, None, processes)
     results, seconds = [], 0.0
-    for images, targets, index, params in batches:
+    for images, targets, index, params, *known in batches:
         start = time.perf_counter()
         raws = model(to_unit(images.to(device)))
         detections = _detections(model, raws, index, params, sizes, limits)
         seconds += time.perf_counter() - start
-        terms = loss(raws, targets.to(device)) if loss else {}
+        terms = loss(raws, targets.to(device), *known) if loss else {}
         terms = {k: v.cpu() for k, v in terms.items() if k != "loss" and "/" not in k}
         results.append((int(index[0]), detections, terms, seconds))
     for network, mode in zip(networks, modes, strict=True):
@@ -127,6 +128,8 @@ def predict(model, data, batch=64, loss=None, accelerator=None, **limits):
     columns = zip(*detections, strict=True)
     image, label, box, score = (torch.cat(column).numpy() for column in columns)
     dt = dict(image=image, label=label, box=box.astype(float), score=score.astype(float))
+    if data.records.known is not None:
+        dt = drop_unlabelled(dt, data.records.known)
     facts = {"ms": 1e3 * max(clocks) / len(data)}
     for name in terms[0]:
         facts[name] = float(torch.stack([t[name] for t in terms]).mean())
@@ -183,7 +186,8 @@ def evaluate_run(
     Returns
     -------
     dict
-        As from `evaluate`, with `per_head`, `ms` per image and `n` images. The folder gets
+        As from `evaluate`, with `per_head`, `ms` per image and `n` images; with several data sets
+        also `per_source`, as from `evaluate_sources`. The folder gets
         `detections.json`, `confusion.csv`, `ap_per_class.csv`.
 
     Raises
@@ -202,19 +206,13 @@ def evaluate_run(
     records = replace(records, problems=ds.records.problems)  # with what decoding found
     tell_data(folder, cfg, split, records)
     dt, facts = predict(model.to(make_accelerator(device).device), ds, **limits(cfg))
-    gt, names, n = ds.records.gt, records.names, len(ds)
-    result = evaluate(
-        gt,
-        dt,
-        names,
-        n,
-        metrics,
-        records.inclusive,
-        engine,
-        conf,
-        partition.head_of,
-        census(records)["per_class"],
-    )
+    known, sources = ds.records.known, ds.records.sources
+    gt, names, n = drop_unlabelled(ds.records.gt, known), records.names, len(ds)
+    how = (metrics, records.inclusive, engine, conf, partition.head_of)
+    counts = census(records)["per_class"] if known is None else None
+    result = evaluate(gt, dt, names, n, *how, counts)
+    if sources:
+        result["per_source"] = evaluate_sources(gt, dt, names, known, sources, *how)
     write_results(folder / "detections.json", dt, ds.records.ids, records.classes.ids)
     write_confusion(folder / "confusion.csv", confusion(gt, dt, len(names), n), names)
     per_class = pd.DataFrame(result["per_class"]).T.rename_axis("name")

@@ -358,7 +358,7 @@ def with_anchors(cfg, records, notes=None):
     try:
         anchors = fit_anchors(some, start=ANCHORS)
     except ValueError as e:
-        raise ValueError(f"anchors=fit: {cfg.data.data}: train: {e}") from None
+        raise ValueError(f"anchors=fit: {cfg.data.place}: train: {e}") from None
     if notes is not None:
         ratio = cfg.loss.anchor_t
         before, after = (anchor_coverage(sizes, a, ratio=ratio) for a in (ANCHORS, anchors))
@@ -433,6 +433,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
     "focal",
     "anchor_t",
+    "exclusive",
 )
 
 

@@ -33,12 +33,13 @@ from ..data.augment import compose
 from ..data.dataset import loader
 from ..data.problems import problem_counts, problem_lines
 from ..data.splits import open_data
-from ..evaluation.metrics import evaluate
+from ..evaluation.metrics import drop_unlabelled, evaluate
 from mhdet.experiment.checks import (
     ONE_VALUE,
     check_batch,
     check_resume,
     check_splits,
+    label_lines,
     leak_lines,
     tell,
     write_images,
@@ -94,9 +95,8 @@ def _evaluate_dev(cfg, dev, loss, head_of):
         batch = 64 // min(learner.parts, 64)
         dt, facts = predict(learner.ema, dev, batch, loss, learner.accelerator, **kept)
         several = head_of if max(head_of) else None  # with one head its AP50 is that of the row
-        result = evaluate(
-            dev.records.gt, dt, dev.records.names, len(dev), ("coco",), head_of=several
-        )
+        gt = drop_unlabelled(dev.records.gt, dev.records.known)
+        result = evaluate(gt, dt, dev.records.names, len(dev), ("coco",), head_of=several)
         row = {f"dev/{k}": value for k, value in facts.items() if k != "ms"}
         row |= {k: result["coco"][k] for k in ("AP50", "AP")}
         row |= {k: result[k] for k in ("P", "R")}
@@ -298,8 +298,12 @@ def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",)
         build_cfg = with_anchors(cfg, splits["train"], notes)
     model = build(build_cfg, splits["train"].names, root, notes)
     design = design_of(cfg)
+    if design and splits["train"].known is not None:
+        raise ValueError(f"three_scale: {cfg.data.place}: images must be labelled for all classes")
     if design:
         design.fit_to_data(cfg, model, splits["train"])
+    else:
+        notes += label_lines(splits["train"], model.head.partition)
     make_loss(cfg, model, make_teacher(cfg, splits["train"].names, root))
     compose(cfg.data, cfg.training.epochs, model.head.partition.head_of)
     callbacks(cfg.override(ema=0), Path(), model, splits.get("dev"))  # no copy only to check
@@ -326,7 +330,7 @@ def _tell_problems(cfg, splits, decoded, notes, accelerator, told):
         if data:
             splits = splits | {split: replace(splits[split], problems=data.records.problems)}
     if accelerator.is_main_process:
-        tell([*notes, *problem_lines(splits, cfg.data.data)], told)
+        tell([*notes, *problem_lines(splits, cfg.data.place)], told)
     return problem_counts(splits)
 
 
@@ -427,7 +431,7 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=(), told
     model, notes = check_run(cfg, splits, root, run, process[1], start=start_run)
     cfg = keep_anchors(cfg, model)
     if own_data and not run and accelerator.is_main_process:
-        notes += leak_lines(cfg.data.data, splits, Path(root) / ".cache")
+        notes += leak_lines(cfg.data.place, splits, Path(root) / ".cache")
     partition = model.head.partition
     data = dataset(cfg, splits["train"], True, partition.head_of)
     batches = loader(data, cfg.data.batch, cfg.data.workers, process=process)

@@ -285,7 +285,7 @@ def _compare_arms(cfg, val, trained, device, against, partitions, metric, facts)
 # %% ../../nbs/06_experiment/12_study.ipynb #153acea9
 def _refuse_leaks(cfg, data, root, allowed):
     "Images of val that are in train or dev: refused, or told; as lines for the report."
-    lines = leak_lines(cfg.data.data, data, Path(root) / ".cache")
+    lines = leak_lines(cfg.data.place, data, Path(root) / ".cache")
     if lines and not allowed:
         raise ValueError(
             f"{lines[0]}; the verdict would be on images that were trained on; take them out of "
@@ -364,7 +364,7 @@ def _check_study(cfg, seeds, chosen, keys, heads, refs, root, folder, allow_leak
     notes += _check_arms(cfg, chosen, keys, data, root, folder, refs, heads)
     nc = len(data["train"].names)
     if any(callable(arm.make) for arm in chosen.values()):
-        heads, note = check_partition(cfg.data.data, nc, heads)
+        heads, note = check_partition(cfg.data.place, nc, heads)
     for name, arm in chosen.items():
         if arm.heads and arm.heads > nc:
             raise ValueError(f"{arm.source}: arm {name}: {arm.heads} heads, but {nc} classes")
@@ -458,7 +458,7 @@ class _Course:
         cfg, names = self.cfg, self.data["train"].names
         self.say(f"4/4 figures on {on}")
         val = dataset(cfg, self.data[on])
-        tell(problem_lines({on: val.records}, cfg.data.data), self.told)
+        tell(problem_lines({on: val.records}, cfg.data.place), self.told)
         partitions = {}
         for arm, runs in trained.items():
             if chosen[arm].make is not None:

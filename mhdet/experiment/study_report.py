@@ -582,7 +582,7 @@ def _blocks(cfg, result, env, figures):
     blocks.append("\n".join(f"![{name}](fig/{name}.png)" for name in sorted(figures)))
     first = "" if result.get("base") else f"{cfg.training.epochs} + "
     blocks.append(
-        f"{cfg.data.data}; {first}{cfg.training.extra_epochs} epochs; "
+        f"{cfg.data.place}; {first}{cfg.training.extra_epochs} epochs; "
         f"{env['device']}, {env['threads']} threads, commit {env['commit']}, {env['date']}; "
         f"{result['seconds']:.0f} s."
     )
@@ -641,7 +641,7 @@ def write_report(folder, cfg, result):
     env = environment(cfg.training.seed)
     facts = {k: env[k] for k in ("device", "threads", "commit", "date")}
     facts |= {k: cfg.flat()[k] for k in ("seed", "epochs", "extra_epochs", "others", "nms_iou")}
-    facts["data"] = Path(cfg.data.data).name
+    facts["data"] = Path(cfg.data.place).name
     if result.get("base"):
         facts["epochs"] = None  # of the training that made the base
     own = {arm["name"]: arm for arm in result["arms"]}

@@ -608,13 +608,13 @@ def check_rows(file, rows):
         root = row["folder"].parents[1]
         try:
             cfg, run = _row_config(row, row["folder"].parent)
-            source = cfg.data.data, cfg.data.dev
+            source, place = (str(cfg.data.data), cfg.data.dev), cfg.data.place
             if run is None and same in checked:
                 continue
             if source not in opened:
-                opened[source] = open_data(source[0], dev=source[1])
-                lines = problem_lines(opened[source], source[0])
-                tell([*lines, *leak_lines(source[0], opened[source], root / ".cache")], told)
+                opened[source] = open_data(cfg.data.data, dev=cfg.data.dev)
+                lines = problem_lines(opened[source], place)
+                tell([*lines, *leak_lines(place, opened[source], root / ".cache")], told)
             tell(check_run(cfg, opened[source], root, run)[1], told)
         except (KeyError, OSError, ValueError) as e:
             message = e.args[0] if isinstance(e, KeyError) else e

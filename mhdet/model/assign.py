@@ -344,7 +344,7 @@ def _read_outputs(raws, m, na, channel_of):
     return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
-def _candidates(m, outputs, head_of, strides, negatives):
+def _candidates(m, outputs, head_of, strides, negatives, known=None):
     """Boxes and class costs of the candidates.
 
     Returns boxes (n, 4) xyxy px, the cost (n,) if no class were right, and what a class adds to it
@@ -361,6 +361,8 @@ def _candidates(m, outputs, head_of, strides, negatives):
     y = (outputs[:, 5 * nh :].sigmoid() * own[:, 4:]).sqrt_().clamp_(1e-12, 1 - 2**-24)
     no = torch.log1p(-y)
     counted = no if negatives == "all" else no * (head_of == head[:, None])
+    if known is not None:
+        counted = counted * known[m.image]
     return torch.cat([xy - wh / 2, xy + wh / 2], 1), -counted.sum(1), no - y.log()
 
 
@@ -455,6 +457,7 @@ def match_ota(
     negatives="all",
     merge=True,
     channel_of=None,
+    known=None,
 ):
     """Match predictions to targets by their cost: dynamic-k assignment, all groups in one call.
 
@@ -475,6 +478,8 @@ def match_ota(
         the reference does.
     channel_of : int Tensor (5 nh + nc,), optional
         From `head_channels`, for maps with shared boxes.
+    known : bool Tensor (B, nc), optional
+        Classes that each image is labelled for; the cost is that of these.
 
     Returns
     -------
@@ -500,7 +505,7 @@ def match_ota(
     nc = len(head_of)
     outputs = _read_outputs(raws, m, na, channel_of)
     nh = (outputs.shape[1] - nc) // 5
-    box, no_class, right_class = _candidates(m, outputs, head_of, strides, negatives)
+    box, no_class, right_class = _candidates(m, outputs, head_of, strides, negatives, known)
     repeated = None
     if merge:
         repeated = _is_repeated(m, head_of[m.cls], [B * h * w * na for h, w in shapes], nh)

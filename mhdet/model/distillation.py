@@ -104,20 +104,23 @@ class DistilledLoss(nn.Module):
         """
         self.seen = self.teacher[0].to(images.device)(images)
 
-    def forward(self, raws, targets):
+    def forward(self, raws, targets, known=None):
         """Terms of the loss, and `distil`, which is a part of `loss` then.
 
         Parameters
         ----------
         raws : list of Tensor (B, C, H, W)
         targets : Tensor (M, 6)
+        known : bool Tensor (B, nc), optional
+            As for the loss. The teacher is followed in all classes of all images: it knows what is
+            not labelled.
 
         Returns
         -------
         dict
             Scalars, as from the loss.
         """
-        terms = self.loss(raws, targets)
+        terms = self.loss(raws, targets, known)
         if self.seen is None:
             return terms
         seen, self.seen = self.seen, None

@@ -251,8 +251,9 @@ def _last_position(key, size):
 class RoutedLoss(nn.Module):
     """The detection loss for any number of heads; one head gives the plain loss.
 
-    Call it with raw maps and targets (`forward`). `reduce`, `others`, `negatives` and `single` are
-    the routing options: they decide which head learns from which object.
+    Call it with raw maps and targets (`forward`), and `known` where images are labelled for some
+    classes only. `reduce`, `others`, `negatives` and `single` are the routing options: they decide
+    which head learns from which object.
 
     Parameters
     ----------
@@ -295,6 +296,9 @@ class RoutedLoss(nn.Module):
         As in `match_anchors`.
     gr : float
         Share of the CIoU in the objectness target, 0..1; the rest is 1.
+    exclusive : bool
+        Whether an object can be in no class that its image is not labelled for: then the rows of
+        these classes learn *no* from it, as `negatives` says; otherwise nothing (`known`).
     autobalance : bool
         Whether `balance` follows the levels' losses, relative to stride 16.
     validate : bool
@@ -347,6 +351,7 @@ class RoutedLoss(nn.Module):
         class_weights=None,
         anchor_t=4.0,
         gr=1.0,
+        exclusive=False,
         autobalance=False,
         validate=False,
     ):
@@ -365,10 +370,9 @@ class RoutedLoss(nn.Module):
         self.smoothing = label_smoothing
         self.gamma, self.alpha = focal, alpha
         self.cls_pw, self.obj_pw = cls_pw, obj_pw
-        self.anchor_t = anchor_t
-        self.gr = gr
+        self.anchor_t, self.gr = anchor_t, gr
         self.autobalance = autobalance
-        self.merge = merge
+        self.exclusive, self.merge = exclusive, merge
         numbers = dict(
             weights=partition.weights,
             anchors=anchors,
@@ -390,7 +394,7 @@ class RoutedLoss(nn.Module):
             raise ValueError(f"{name}: must be {', '.join(first)} or {last}, got '{value}'")
         return value
 
-    def forward(self, raws, targets):
+    def forward(self, raws, targets, known=None):
         """Loss and its terms for one batch.
 
         Parameters
@@ -400,6 +404,11 @@ class RoutedLoss(nn.Module):
             channels.
         targets : Tensor (M, 6)
             image, class, cx, cy, w, h; the last four in 0..1.
+        known : bool Tensor (B, nc), optional
+            Classes that each image is labelled for; None: all. There is no loss for the others: not
+            for their class rows (unless `exclusive`), and none of boxes and objectness for a head
+            without a labelled class. A target of such a class is a pseudo box: no object, but a
+            place where no head learns background.
 
         Returns
         -------
@@ -414,7 +423,7 @@ class RoutedLoss(nn.Module):
         ------
         ValueError
             Maps that do not fit the partition and the strides; targets that are checked and
-            refused.
+            refused; `known` of another shape or type.
         """
         self._check_maps(raws)
         _check_shape(targets)
@@ -424,16 +433,19 @@ class RoutedLoss(nn.Module):
         if self.gains.device != raws[0].device:
             self.to(raws[0].device)
         targets = targets.to(raws[0].device)
-        m = self.match(raws, targets)
+        if known is not None:
+            known = self._checked_known(known, len(raws[0])).to(raws[0].device)
+        ignored = self.ignored(raws, targets, known)
+        if known is not None:
+            targets = targets[known[targets[:, 0].long(), targets[:, 1].long()]]
+        class_rows = None if self.exclusive else known
+        m = self.match(raws, targets, class_rows)
         boxes, logits, obj = self._gather(raws, m)
         head = self.head_of[m.cls]
         row = torch.arange(len(head), device=head.device)
         box_losses = box_loss(boxes[row, head, :4], m.anch, m.tbox)
         quality = 1 - self.gr + self.gr * (1 - box_losses.detach()).clamp(min=0)
-        overlaps = None
-        if self.others == "ignore_iou" and self.nh > 1:
-            overlaps = self.overlaps_other_heads(raws, targets)
-        obj_losses = self.objectness_loss(obj, boxes[..., 4], quality, head, m, overlaps)
+        obj_losses = self.objectness_loss(obj, boxes[..., 4], quality, head, m, ignored)
         # each match counts 1/n of its level (and head), in the column of its head
         in_head = F.one_hot(head, self.nh)
         n, processes = self._count_matches(in_head, m.sizes, boxes.requires_grad)
@@ -441,21 +453,22 @@ class RoutedLoss(nn.Module):
             n = n.sum(1, keepdim=True)
         weight = in_head * processes / n.clamp(min=1)[m.level]
         box = (box_losses[:, None] * weight).sum(0)
-        cls = (self.class_loss(logits, m.cls, head)[:, None] * weight).sum(0)
+        labelled = None if class_rows is None else class_rows[m.image]
+        cls = (self.class_loss(logits, m.cls, head, labelled)[:, None] * weight).sum(0)
         obj = (obj_losses * self.balance[:, None]).sum(0)
         terms = torch.stack([box, obj, cls])  # (3, nh)
         if self.autobalance:
             self._rebalance(obj_losses.detach() @ self.weights)
         return self._named((terms * self.weights).sum(1) * self.gains, terms, len(raws[0]))
 
-    def match(self, raws, targets):
-        "The predictions that are matched to each target, as `Matches`."
+    def match(self, raws, targets, known=None):
+        "The predictions that are matched to each target, as `Matches`; OTA costs `known` classes."
         settings = self.anchors, self.strides, self.anchor_t
         if self.assign == "plain":
             return match_anchors(targets, [r.shape[2:] for r in raws], *settings)
         channel_of = None if self.boxes == "head" else self.channel_of
         routing = self.head_of, self.negatives, self.merge, channel_of
-        return match_ota(raws, targets, *settings, *routing)
+        return match_ota(raws, targets, *settings, *routing, known)
 
     def cost(self, logit, target=None, pos_weight=1.0):
         "Cross-entropy or focal loss, element by element; `target` None is *no* everywhere."
@@ -463,14 +476,19 @@ class RoutedLoss(nn.Module):
             return focal(logit, target, self.gamma, self.alpha, pos_weight)
         return bce(logit, target, pos_weight)
 
-    def class_loss(self, logits, cls, head):
-        "Class loss (n,) of matches with class logits (n, nc), class (n,) and head (n,)."
+    def class_loss(self, logits, cls, head, labelled=None):
+        """Class loss (n,) of matches with class logits (n, nc), class (n,) and head (n,).
+
+        `labelled`, bool (n, nc), has the classes that count at each match; None: all.
+        """
         off, on = self.smoothing / 2, 1 - self.smoothing / 2
         target = torch.full_like(logits, off).scatter_(1, cls[:, None], on)
         cost = self.cost(logits, target, self.cls_pw)
         in_head = self.head_of == head[:, None]  # (n, nc)
         if len(self.class_weights):
             cost = cost * self.class_weights
+        if labelled is not None:
+            cost = cost * labelled
         if self.negatives == "head":
             cost = cost * in_head
         own_mean = (self.reduce, self.negatives) == ("head", "head")
@@ -479,7 +497,7 @@ class RoutedLoss(nn.Module):
             cost = cost * (in_head.sum(1) > 1)
         return cost
 
-    def objectness_loss(self, obj, logits, quality, head, m, overlaps=None):
+    def objectness_loss(self, obj, logits, quality, head, m, ignored=None):
         """Objectness loss of every level and head, without weights.
 
         Parameters
@@ -493,8 +511,8 @@ class RoutedLoss(nn.Module):
         head : Tensor (n,) int64
             Head of each match.
         m : Matches
-        overlaps : list of L bool Tensor (B, nh, H, W, A), optional
-            Where a head ignores background.
+        ignored : list of L bool Tensor (B, nh, H, W, A), optional
+            Where a head has no background, as from `ignored`.
 
         Returns
         -------
@@ -514,14 +532,14 @@ class RoutedLoss(nn.Module):
         own = owner >= 0
         target = torch.where(own, F.pad(quality, (0, 1))[owner], 0.0)  # -1 reads the padding
         learns = self._learning_heads(own, head)
-        if overlaps is not None:
-            at = zip(overlaps, m.places(), strict=True)
+        if ignored is not None:
+            at = zip(ignored, m.places(), strict=True)
             learns = learns & (own | ~torch.cat([o.transpose(1, 4)[place] for o, place in at]))
         share = learns
         if self.reduce == "trunk":
             share = learns / learns.sum(1, keepdim=True).clamp(min=1)
         matched = (share * self.cost(logits, target, self.obj_pw)).split(m.sizes)
-        background = self._background_loss(obj, overlaps)
+        background = self._background_loss(obj, ignored)
         levels = zip(background, matched, counts, strict=True)
         return torch.stack([(b + f.sum(0)) / count for b, f, count in levels])
 
@@ -533,32 +551,65 @@ class RoutedLoss(nn.Module):
             return own
         return F.one_hot(head, self.nh) * own
 
-    def _background_loss(self, obj, overlaps):
+    def _background_loss(self, obj, ignored):
         "Objectness loss of the predictions without a match, by level: list of Tensor (nh,)."
-        if overlaps is None:
+        if ignored is None:
             share = 1.0 if self.reduce == "head" else 1 / self.nh
             return [share * self.cost(o).sum((0, 2, 3, 4)) for o in obj]
         out = []
-        for o, ignored in zip(obj, overlaps, strict=True):
-            share = ~ignored
+        for o, without in zip(obj, ignored, strict=True):
+            share = ~without
             if self.reduce == "trunk":
                 share = share / share.sum(1, keepdim=True).clamp(min=1)
             out.append((self.cost(o) * share).sum((0, 2, 3, 4)))
         return out
 
     @torch.no_grad()
-    def overlaps_other_heads(self, raws, targets, limit=0.5):
-        """Where a head's box has an IoU above `limit` (0.5 or more) with another head's object.
+    def ignored(self, raws, targets, known=None):
+        """Where a head has no objectness loss, unless one of its own objects is matched there.
 
-        Returns a list of L bool Tensor (B, nh, H, W, A).
+        Parameters
+        ----------
+        raws, targets, known
+            As in `forward`.
+
+        Returns
+        -------
+        list of L bool Tensor (B, nh, H, W, A), or None
+            None: nowhere.
+        """
+        heads = torch.arange(self.nh, device=targets.device)
+        image, cls = targets[:, :2].long().unbind(1)
+        by_overlap = (self.head_of[cls, None] != heads) & (self.others == "ignore_iou")  # (M, nh)
+        if known is None:
+            needed = self.others == "ignore_iou" and self.nh > 1
+            return self.overlaps(raws, targets, by_overlap) if needed else None
+        pseudo = ~known[image, cls]
+        by_overlap = by_overlap | pseudo[:, None]
+        chosen = by_overlap.any(1)
+        where = self.overlaps(raws, targets[chosen], by_overlap[chosen])
+        settings = self.anchors, self.strides, self.anchor_t
+        m = match_anchors(targets[pseudo], [r.shape[2:] for r in raws], *settings)
+        for ignored, place in zip(where, m.places(), strict=True):
+            ignored.transpose(1, 4)[place] = True
+        labelled = torch.zeros(len(known), self.nh, device=known.device)
+        labelled.index_add_(1, self.head_of, known.float())  # classes of each head
+        return [ignored | (labelled == 0)[:, :, None, None, None] for ignored in where]
+
+    @torch.no_grad()
+    def overlaps(self, raws, targets, heads, limit=0.5):
+        """Where a head's box has an IoU above `limit` (0.5 or more) with a target.
+
+        `heads`, bool (M, nh), has the heads for which each target counts. Returns a list of L bool
+        Tensor (B, nh, H, W, A).
         """
         levels = zip(raws, self.anchors, self.strides, strict=True)
-        return [self._overlaps_on_level(*level, targets, limit) for level in levels]
+        return [self._overlaps_on_level(*level, targets, heads, limit) for level in levels]
 
-    def _overlaps_on_level(self, raw, anchors, stride, targets, limit):
+    def _overlaps_on_level(self, raw, anchors, stride, targets, heads, limit):
         B, _, H, W = raw.shape
         nh, na = self.nh, len(anchors)
-        image, cls = targets[:, :2].long().unbind(1)
+        image = targets[:, 0].long()
         x, y, w, h = (targets[:, 2:] * targets.new_tensor([W, H] * 2)).T[:, :, None]
         gx, gy = torch.arange(W, device=raw.device), torch.arange(H, device=raw.device)
         # A box with an IoU above 1/2 has its centre inside the object, and the centre lies in
@@ -572,8 +623,7 @@ class RoutedLoss(nn.Module):
         size = s[..., 2:].square() * (anchors / stride)[:, None]
         box = torch.cat([s[..., :2] - 0.5, size], -1)
         tbox = torch.stack([x[t, 0] - gx, y[t, 0] - gy, w[t, 0], h[t, 0]], 1)[:, None, None]
-        other = self.head_of[cls[t], None, None] != torch.arange(nh, device=raw.device)
-        hit = (iou_cxcywh(box, tbox) > limit) & other
+        hit = (iou_cxcywh(box, tbox) > limit) & heads[t, None]
         # one cell may be near several targets: count the hits
         count = raw.new_zeros(B * H * W, na * nh, dtype=torch.float32)
         count.index_add_(0, (image[t] * H + gy) * W + gx, hit.flatten(1).to(count))
@@ -618,6 +668,14 @@ class RoutedLoss(nn.Module):
             raise ValueError(f"class_weights: {len(self.class_weights)} for {self.nc} classes")
         if self.autobalance and 16 not in self.strides:
             raise ValueError(f"autobalance: no level of stride 16 among {self.strides}")
+
+    def _checked_known(self, known, B):
+        "The classes that each image is labelled for, if it is a bool Tensor (B, nc)."
+        got = getattr(known, "dtype", type(known).__name__), tuple(getattr(known, "shape", ()))
+        if got != (torch.bool, (B, self.nc)):
+            expected = f"bool ({B}, {self.nc}), images and classes"
+            raise ValueError(f"known: expected {expected}, got {got[0]} {got[1]}")
+        return known
 
     def _check_maps(self, raws):
         "That the raw maps are one per level, in order, with the channels of the heads."

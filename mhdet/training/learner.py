@@ -478,8 +478,9 @@ class Learner:
     model : nn.Module
         Maps what `prepare` makes of the images of a batch to outputs.
     loss : callable
-        `loss(outputs, targets)` returns a dict of named scalar tensors, already summed over the
-        images of the batch; `loss` is the one that is minimised (`KeyError` without it).
+        `loss(outputs, targets, *more)` returns a dict of named scalar tensors, already summed over
+        the images of the batch; `loss` is the one that is minimised (`KeyError` without it). `more`
+        is what stands in the batch behind its fourth part, usually nothing.
     optimizer : torch.optim.Optimizer
     loader : iterable with a length
         Yields batches (images (B, ...), targets, ...). If it has `close()`, that is called at the
@@ -561,12 +562,12 @@ class Learner:
 
     def step(self, batch, last=False):
         """Forward and backward of one batch; an optimiser step when the window is full."""
-        images, targets, *_ = send_to_device(batch, self.device, non_blocking=True)
+        images, targets, *more = send_to_device(batch, self.device, non_blocking=True)
         full = last or self.pending + 1 == self.accumulate
         with contextlib.nullcontext() if full else self.accelerator.no_sync(self.net):
             with self.accelerator.autocast():
                 outputs = self.net(self.prepare(images))
-            terms = self.loss(convert_to_fp32(outputs), targets)
+            terms = self.loss(convert_to_fp32(outputs), targets, *more[2:])
             # processes average their gradients, but the loss is a sum
             self.accelerator.backward(terms["loss"] * self.world)
         self._add_to_window(terms)
