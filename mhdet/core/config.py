@@ -275,6 +275,10 @@ class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     single: Annotated[
         Literal["train", "skip"], _about("classification loss of a head with one class")
     ] = "train"
+    exclusive: Annotated[
+        bool,
+        _about("whether an object can be in no class that its data set does not label"),
+    ] = True
     box_gain: Annotated[_Amount, _about("weight of the box loss at 640 px")] = 0.1
     obj_gain: Annotated[_Amount, _about("weight of the objectness loss at 640 px")] = 10.0
     cls_gain: Annotated[_Amount, _about("weight of the classification loss at 80 classes")] = 3.0

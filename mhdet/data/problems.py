@@ -81,7 +81,7 @@ def problem_lines(splits, source):
     splits : dict
         `train`, `dev`, `val` -> Records, those that are there.
     source : str or Path
-        The data set, as `mhdet data` is given it.
+        The data set, as `mhdet data` is given it; of several `[a,b]`.
 
     Returns
     -------
@@ -94,7 +94,9 @@ def problem_lines(splits, source):
     AttributeError
         Not records.
     """
-    lines = []
+    lines, command = [], f"`mhdet data {source}`"
+    if str(source).startswith("["):  # several data sets, of which this is not all that was said
+        command = "`mhdet data` with the same `data`"
     for split, kinds in problem_places(splits).items():
         parts = [s for s in ((split, "dev") if split == "train" else (split,)) if s in splits]
         name, boxes, images = split, None, None
@@ -111,7 +113,7 @@ def problem_lines(splits, source):
         if len(place) > WIDTH:
             place = f"...{place[3 - WIDTH :]}"
         text = "; ".join(clause for clause, _ in clauses)
-        lines.append(f"{name}: {text}; the first: {place}; `mhdet data {source}` lists them")
+        lines.append(f"{name}: {text}; the first: {place}; {command} lists them")
     return lines
 
 # %% ../../nbs/01_data/13_problems.ipynb #721abccf

@@ -449,6 +449,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
     "focal",
     "anchor_t",
+    "exclusive",
 )
 
 

@@ -296,6 +296,9 @@ class RoutedLoss(nn.Module):
         As in `match_anchors`.
     gr : float
         Share of the CIoU in the objectness target, 0..1; the rest is 1.
+    exclusive : bool
+        Whether an object can be in no class that its image is not labelled for: then the rows of
+        these classes learn *no* from it, as `negatives` says; otherwise nothing (`known`).
     autobalance : bool
         Whether `balance` follows the levels' losses, relative to stride 16.
     validate : bool
@@ -348,6 +351,7 @@ class RoutedLoss(nn.Module):
         class_weights=None,
         anchor_t=4.0,
         gr=1.0,
+        exclusive=False,
         autobalance=False,
         validate=False,
     ):
@@ -366,10 +370,9 @@ class RoutedLoss(nn.Module):
         self.smoothing = label_smoothing
         self.gamma, self.alpha = focal, alpha
         self.cls_pw, self.obj_pw = cls_pw, obj_pw
-        self.anchor_t = anchor_t
-        self.gr = gr
+        self.anchor_t, self.gr = anchor_t, gr
         self.autobalance = autobalance
-        self.merge = merge
+        self.exclusive, self.merge = exclusive, merge
         numbers = dict(
             weights=partition.weights,
             anchors=anchors,
@@ -403,8 +406,9 @@ class RoutedLoss(nn.Module):
             image, class, cx, cy, w, h; the last four in 0..1.
         known : bool Tensor (B, nc), optional
             Classes that each image is labelled for; None: all. There is no loss for the others: not
-            for their class rows, and none at all for a head without a labelled class. A target of
-            such a class is a pseudo box: no object, but a place where no head learns background.
+            for their class rows (unless `exclusive`), and none of boxes and objectness for a head
+            without a labelled class. A target of such a class is a pseudo box: no object, but a
+            place where no head learns background.
 
         Returns
         -------
@@ -434,7 +438,8 @@ class RoutedLoss(nn.Module):
         ignored = self.ignored(raws, targets, known)
         if known is not None:
             targets = targets[known[targets[:, 0].long(), targets[:, 1].long()]]
-        m = self.match(raws, targets, known)
+        class_rows = None if self.exclusive else known
+        m = self.match(raws, targets, class_rows)
         boxes, logits, obj = self._gather(raws, m)
         head = self.head_of[m.cls]
         row = torch.arange(len(head), device=head.device)
@@ -448,7 +453,7 @@ class RoutedLoss(nn.Module):
             n = n.sum(1, keepdim=True)
         weight = in_head * processes / n.clamp(min=1)[m.level]
         box = (box_losses[:, None] * weight).sum(0)
-        labelled = None if known is None else known[m.image]
+        labelled = None if class_rows is None else class_rows[m.image]
         cls = (self.class_loss(logits, m.cls, head, labelled)[:, None] * weight).sum(0)
         obj = (obj_losses * self.balance[:, None]).sum(0)
         terms = torch.stack([box, obj, cls])  # (3, nh)
@@ -457,7 +462,7 @@ class RoutedLoss(nn.Module):
         return self._named((terms * self.weights).sum(1) * self.gains, terms, len(raws[0]))
 
     def match(self, raws, targets, known=None):
-        "The predictions that are matched to each target, as `Matches`; `known` as in `forward`."
+        "The predictions that are matched to each target, as `Matches`; OTA costs `known` classes."
         settings = self.anchors, self.strides, self.anchor_t
         if self.assign == "plain":
             return match_anchors(targets, [r.shape[2:] for r in raws], *settings)
