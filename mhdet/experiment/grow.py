@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SET_BY_GROWING', 'COMPARED', 'RECIPE', 'grow_config', 'same_detections', 'grow_report', 'grow']
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #d882feee
+# %% ../../nbs/06_experiment/15_grow.ipynb #a7c07626
 import copy
 import json
 import re
@@ -27,7 +27,7 @@ from ..model.growth import add_head
 from ..partition.heads import save_heads
 from ..training.learner import make_accelerator
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #5712abc2
+# %% ../../nbs/06_experiment/15_grow.ipynb #7a103850
 SET_BY_GROWING = ("data", "weights", "transfer", "heads", "grow_from")
 COMPARED = 200  # images in which old detections are compared bit by bit
 # In place of the recipe of the run that grows; a teacher and frozen parts come on top.
@@ -184,13 +184,14 @@ def grow_config(
         how = dict(learn=[name], freeze=None, distill=None)
     else:
         before = _frozen_before(model.trunk, unfreeze)
-        how = dict(learn=None, freeze=before, distill="start")
+        # the teacher alone says what old heads make of a new object: exclusive=False
+        how = dict(learn=None, freeze=before, distill="start", exclusive=False)
     given = dict(data=sets, weights=str(ref), transfer="grow", grow_from=similar or "mean", run=run)
     given["heads"] = str(Path(root) / f"{run}-heads.yaml")
     batch, more = _batch(own.override(**changes).data, n_old + n_new)
     return own.override(**RECIPE | how | changes | batch | given), grown, [*lines, *more]
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #183e4839
+# %% ../../nbs/06_experiment/15_grow.ipynb #2c963dda
 def _split_to_judge(splits, new):
     "val, or dev where only that has boxes of the new classes."
     for split in ("val", "dev"):
@@ -297,7 +298,7 @@ def grow_report(ref, root="runs", device="auto", engine="pycocotools"):
         "compared": len(some),
     }
 
-# %% ../../nbs/06_experiment/15_grow.ipynb #2d9601f2
+# %% ../../nbs/06_experiment/15_grow.ipynb #624846e0
 def grow(ref, data, root="runs", quiet=False, **how):
     """Add a head for new classes to a trained detector, and train it.
 
