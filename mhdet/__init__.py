@@ -32,6 +32,7 @@ _HOME = {
     "load_run": "experiment.models",
     "train": "experiment.run",
     "study": "experiment.study",
+    "grow": "experiment.grow",
     "to_onnx": "tools.onnx",
     "run_onnx": "tools.onnx",
 }

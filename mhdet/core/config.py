@@ -50,6 +50,13 @@ class DataSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Its class -> the class of another data set that is the same; or a YAML file of that.
     weight : float
         How often its images are drawn, relative to those of the others.
+    share : float
+        Part of its images of train that is taken, by hash of the image id; dev and val stay whole.
+    images : {"all", "with_boxes"}
+        With boxes: of train only those with a box that counts.
+    unlabelled : list of str
+        Classes that nothing here labels, before those of this data set: what a detector knows
+        already.
     """
 
     path: _Text
@@ -57,6 +64,9 @@ class DataSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     labels: Annotated[list[_Text], Meta(min_length=1)] | None = None
     rename: _Text | dict[str, str] | None = None
     weight: _Above = 1.0
+    share: _Share = 1.0
+    images: Literal["all", "with_boxes"] = "all"
+    unlabelled: list[_Text] = []
 
 
 def data_sources(data):
@@ -224,12 +234,16 @@ class NetworkConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = None
     weights: Annotated[str | None, _about("a run or a weight file to start from")] = None
     transfer: Annotated[
-        Literal["exact", "intersect", "trunk", "classes", "none"],
+        Literal["exact", "grow", "intersect", "trunk", "classes", "none"],
         _about(
-            "take over everything, tensors of the same name, the trunk, classes of the same name, "
-            "nothing"
+            "take over everything, everything and add heads of `heads`, tensors of the same name, "
+            "the trunk, classes of the same name, nothing"
         ),
     ] = "exact"
+    grow_from: Annotated[
+        Literal["mean", "random"] | dict[_Text, _Text | list[_Text]],
+        _about("where heads that are added begin: mean of all, random, or {new: similar class}"),
+    ] = "mean"
 
     def __post_init__(self):
         try:
@@ -277,6 +291,14 @@ class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         _about("a teacher: a run or a weight file, `start`: the one in `weights`; null: none"),
     ] = None
     distill_gain: Annotated[_Amount, _about("weight of the distance from the teacher")] = 1.0
+    pseudo: Annotated[
+        _Share,
+        _about(
+            "least score at which a detection of `weights`, of a class that its image is not "
+            "labelled for, is no background; 0: none",
+            "probability",
+        ),
+    ] = 0.0
 
 # %% ../../nbs/00_core/01_config.ipynb #d9d5675f
 class Stage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -351,6 +373,10 @@ class TrainingConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ema: Annotated[_Share, _about("decay of the averaged weights per step")] = 0.9999
     freeze: Annotated[
         str | int | None, _about("last frozen part, or number of the first layer that is not")
+    ] = None
+    learn: Annotated[
+        Annotated[list[_Text], Meta(min_length=1)] | None,
+        _about("names of the heads that learn, all else stays bit by bit; null: everything learns"),
     ] = None
     stages: Annotated[list[Stage], _about("spans with their own freeze and schedule")] = []
     keep_every: Annotated[

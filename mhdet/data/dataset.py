@@ -6,11 +6,13 @@
 __all__ = ['DetDataset', 'EpochBatches', 'collate', 'Loader', 'loader', 'torchvision_collate']
 
 # %% ../../nbs/01_data/12_dataset.ipynb #b19ac0a3
+import copy
 import inspect
 import multiprocessing
 import os
 import signal
 import weakref
+from dataclasses import replace
 from hashlib import blake2b
 
 import numpy as np
@@ -160,16 +162,29 @@ class DetDataset(torch.utils.data.Dataset):
         if cache == "none":
             self.records = check_images(records, cache_dir)
             self.squares, self.params = None, None
-            self._targets = (self.records.gt["image"],)
         else:
             disk = (cache_dir, cache_gb) if cache == "disk" else None
             self.records, self.squares, self.params, self._kept = _decode_all(records, imgsz, disk)
-            of_box = self.params[self.records.gt["image"]]
-            self._targets = self._to_square(slice(None), of_box)
         known = self.records.known
         self._groups = None if known is None else _label_groups(known)
+        self._find_targets()
+
+    def _find_targets(self):
+        "The boxes to be learned, of all images, and where those of an image are."
+        image = self.records.gt["image"]
+        if self.params is None:
+            self._targets = (image,)
+        else:
+            self._targets = self._to_square(slice(None), self.params[image])
         # the boxes of image i are rows first[i] to first[i + 1]
         self._first = np.searchsorted(self._targets[0], np.arange(len(self.records) + 1)).tolist()
+
+    def with_boxes(self, gt):
+        "The same images, not decoded again, with other boxes: a `gt` as that of `records`."
+        other = copy.copy(self)
+        other.records = replace(self.records, gt=gt)
+        other._find_targets()
+        return other
 
     def _to_square(self, rows, params):
         """Image, box in px of the square and label of the boxes to be learned.

@@ -27,9 +27,12 @@ from .records import ClassMap, Records
 from .toy import toy_dataset
 
 # %% ../../nbs/01_data/09_splits.ipynb #06989916
-def _is_dev(image_id, share):
-    "Whether an image belongs to dev: the first 8 bytes of BLAKE2b of its id, as a fraction."
-    digest = blake2b(str(image_id).encode(), digest_size=8).digest()
+def _is_dev(image_id, share, salt=b""):
+    """Whether an image belongs to dev: the first 8 bytes of BLAKE2b of its id, as a fraction.
+
+    With another salt it is another part of the images.
+    """
+    digest = blake2b(str(image_id).encode(), digest_size=8, salt=salt).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
@@ -101,17 +104,37 @@ def _source_names(sources):
     return names
 
 
+def _taken(train, sources):
+    "Of train what its data sets are to give: a part of their images, or those with boxes."
+    if all(source.share == 1 and source.images == "all" for source in sources.values()):
+        return train
+    counted = np.zeros(len(train), bool)
+    counted[train.gt["image"][~(train.gt["ignore"] | train.gt["crowd"])]] = True
+    taken = []
+    for i, (image_id, name) in enumerate(zip(train.ids, train.sources, strict=True)):
+        source = sources[name]
+        own_id = image_id.removeprefix(f"{name}/")
+        wanted = source.images == "all" or counted[i]
+        if wanted and _is_dev(own_id, source.share, b"share"):
+            taken.append(i)
+    return train.subset(taken)
+
+
 def _open_several(sources, split, dev, test):
     "The splits of several data sets as one, as `open_data`."
-    data, options = {}, {"labels": {}, "rename": {}, "weights": {}}
-    for name, source in zip(_source_names(sources), sources, strict=True):
+    data, options = {}, {"labels": {}, "rename": {}, "weights": {}, "unlabelled": {}}
+    named = dict(zip(_source_names(sources), sources, strict=True))
+    for name, source in named.items():
         data[name] = open_data(source.path, dev=0, test=test or split == "test")
         options["rename"][name] = source.rename or {}
         options["labels"][name] = source.labels
         options["weights"][name] = source.weight
+        options["unlabelled"][name] = source.unlabelled
     splits = merge_data(data, **options)
     if "train" in splits and dev:
         splits = _set_dev_aside(splits.pop("train"), dev) | splits
+    if "train" in splits:
+        splits["train"] = _taken(splits["train"], named)
     if split and split not in splits:
         raise FileNotFoundError(
             f"{', '.join(data)}: no split '{split}'; there is {', '.join(splits)}"
@@ -399,7 +422,7 @@ def _alike(names):
     return [" and ".join(f"'{n}'" for n in group) for group in groups.values() if len(group) > 1]
 
 
-def merge_data(data, labels=None, rename=None, weights=None):
+def merge_data(data, labels=None, rename=None, weights=None, unlabelled=None):
     """Several data sets as one, in which each image knows the classes it is labelled for.
 
     Parameters
@@ -414,6 +437,9 @@ def merge_data(data, labels=None, rename=None, weights=None):
         that.
     weights : dict, optional
         Name -> how often its images are drawn in training, relative to those of the others; 1.
+    unlabelled : dict, optional
+        Name -> classes that come before those of this data set and that nothing here needs to
+        label: what a detector knows already.
 
     Returns
     -------
@@ -429,7 +455,8 @@ def merge_data(data, labels=None, rename=None, weights=None):
         images beside files; a name for which there is no data set.
     """
     labels, rename, weights = labels or {}, rename or {}, weights or {}
-    for name in {*labels, *rename, *weights} - {*data}:
+    unlabelled = unlabelled or {}
+    for name in {*labels, *rename, *weights, *unlabelled} - {*data}:
         raise ValueError(f"no data set '{name}'; there is {', '.join(data)}")
     own = {name: next(iter(splits.values())).names for name, splits in data.items()}
     words = {
@@ -442,6 +469,7 @@ def merge_data(data, labels=None, rename=None, weights=None):
         others = set().union(*(words[other] for other in data if other != name))
         new[name] = _renamed(name, own[name], rename.get(name, {}), others)
         labelled[name] = _labelled_classes(name, own[name], labels.get(name))
+        names += unlabelled.get(name, [])
         names += [n for n, has in zip(new[name], labelled[name], strict=True) if has]
     names = list(dict.fromkeys(names))
     merged = {}

@@ -23,6 +23,7 @@ from ..model.assign import anchor_coverage, fit_anchors
 from ..model.classes import transfer_classes
 from ..model.detector import Detector
 from ..model.distillation import DistilledLoss
+from ..model.growth import grow_to
 from ..model.loss import RoutedLoss, scale_gains
 from ..model.multihead import ANCHORS
 from ..model.surgery import fold_implicit, split_heads, transfer
@@ -61,7 +62,7 @@ def design_of(cfg):
         given = getattr(network, field.name)
         if field.name in ("boxes", "adapter", "implicit", "anchors") and given != field.default:
             raise ValueError(f"{field.name}={given}: means nothing with three_scale")
-    if network.transfer in ("intersect", "trunk", "classes"):
+    if network.transfer in ("grow", "intersect", "trunk", "classes"):
         raise ValueError(f"transfer={network.transfer}: three_scale takes over all or nothing")
     return importlib.import_module("mhdet.threescale.training")
 
@@ -238,12 +239,25 @@ def _all_of(old, network, partition):
     return old
 
 
-def _other_anchors(asked, weights):
+def _other_anchors(asked, network):
     "That starting weights come with their anchors."
     return (
-        f"anchors: {asked} than those of {weights} are given, but transfer=exact takes over these; "
+        f"anchors: {asked} than those of {network.weights} are given, but "
+        f"transfer={network.transfer} takes over these; "
         "transfer=classes and transfer=intersect leave the choice"
     )
+
+
+def _grown(old, network, partition):
+    "The starting detector and the heads that it lacks."
+    if not network.heads:
+        raise ValueError(
+            f"transfer=grow: expected heads=FILE, the heads of {network.weights} and new ones"
+        )
+    try:
+        return grow_to(old, partition, network.grow_from)
+    except ValueError as e:
+        raise ValueError(f"{network.heads}: {e}") from None
 
 
 def build(cfg, names, root="runs", notes=None):
@@ -279,8 +293,8 @@ def build(cfg, names, root="runs", notes=None):
         raise ValueError(f"{network.heads}: {partition.nh} heads, but three_scale has one")
     set_seed(cfg.training.seed)
     model = _untrained(cfg, partition)
-    whole = network.weights and network.transfer == "exact"
-    if not whole:
+    whole = network.transfer in ("exact", "grow")
+    if not (network.weights and whole):
         load_pretrained(model.trunk, network.pretrained)
     if not network.weights or network.transfer == "none":
         return model
@@ -288,7 +302,7 @@ def build(cfg, names, root="runs", notes=None):
     if type(old) is not type(model):
         raise ValueError(f"{network.weights}: of another design than this run (three_scale)")
     anchors = _given_anchors(network)
-    if network.transfer != "exact":
+    if not whole:
         line = _take_over(cfg, model, old)
         if anchors is not None:
             model.head.anchors.copy_(anchors)
@@ -296,8 +310,10 @@ def build(cfg, names, root="runs", notes=None):
             notes.append(line)
         return model
     if anchors is not None and not torch.equal(anchors, old.head.anchors):
-        raise ValueError(_other_anchors("other", network.weights))
-    if not design_of(cfg):
+        raise ValueError(_other_anchors("other", network))
+    if network.transfer == "grow":
+        old = _grown(old, network, partition)
+    elif not design_of(cfg):
         old = _all_of(old, network, partition)
     # A network of other shapes could be trained, but the run's own config could not load it again.
     different = _shapes(model) ^ _shapes(old)
@@ -344,15 +360,15 @@ def with_anchors(cfg, records, notes=None):
     Raises
     ------
     ValueError
-        `transfer=exact`, which takes over those of the starting weights; a design without anchors;
-        fewer boxes of different sizes than anchors.
+        `transfer=exact` or `grow`, which take over those of the starting weights; a design without
+        anchors; fewer boxes of different sizes than anchors.
     """
     network = cfg.network
     if network.anchors != "fit":
         return cfg
     design_of(cfg)
-    if network.weights and network.transfer == "exact":
-        raise ValueError(_other_anchors("fitted ones", network.weights))
+    if network.weights and network.transfer in ("exact", "grow"):
+        raise ValueError(_other_anchors("fitted ones", network))
     sizes = _input_sizes(records, cfg.data)
     some = sizes[:: max(1, -(-len(sizes) // _ENOUGH))]
     try:

@@ -44,7 +44,15 @@ from mhdet.experiment.checks import (
     tell,
     write_images,
 )
-from .inference import dataset, limits, predict
+from mhdet.experiment.inference import (
+    dataset,
+    limits,
+    predict,
+    pseudo_boxes,
+    read_pseudo,
+    with_pseudo,
+    write_pseudo,
+)
 from mhdet.experiment.models import (
     build,
     design_of,
@@ -56,6 +64,7 @@ from mhdet.experiment.models import (
     with_width,
 )
 from ..model.distillation import DistilledLoss
+from ..model.growth import retrain_head
 from ..partition.heads import save_heads
 from mhdet.training.callbacks import (
     Checkpoint,
@@ -79,7 +88,14 @@ from mhdet.training.learner import (
     suitable_threads,
 )
 from ..training.loggers import Progress, Track
-from ..training.schedules import EMA, FreezeStages, MultiScale, make_optimizer, stages
+from mhdet.training.schedules import (
+    EMA,
+    FreezeStages,
+    LearnOnly,
+    MultiScale,
+    make_optimizer,
+    stages,
+)
 
 # %% ../../nbs/06_experiment/03_run.ipynb #3cc5b36b
 LR_POWER = {"none": 0, "sqrt": 0.5, "linear": 1}
@@ -118,6 +134,14 @@ class ShowTeacher(Callback):
             learner.loss.look(learner.prepare(images))
 
 
+def _learning_head(cfg, model):
+    "As `retrain_head`, for the heads in `learn`."
+    try:
+        return retrain_head(model, cfg.training.learn)
+    except ValueError as e:
+        raise ValueError(f"learn: {str(e).removeprefix('retrain_head: ')}") from None
+
+
 def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     """The callbacks of a run, in the order in which they are called.
 
@@ -143,7 +167,7 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     Raises
     ------
     ValueError
-        Unknown part in `freeze`; `early_stop` without a dev split.
+        Unknown part in `freeze`, unknown head in `learn`; `early_stop` without a dev split.
     """
     training = cfg.training
     if training.early_stop and not dev:
@@ -157,6 +181,8 @@ def callbacks(cfg, run, model, dev=None, loss=None, quiet=False, reseed=None):
     if isinstance(loss, DistilledLoss):
         chosen.append(ShowTeacher())
     chosen.append(FreezeStages(model.trunk.parts(), frozen))
+    if training.learn:
+        chosen.append(LearnOnly(_learning_head(cfg, model)[1]))
     design = design_of(cfg)
     if design:
         chosen += design.callbacks(cfg)
@@ -258,6 +284,14 @@ def _slow_precision(training):
     return []
 
 
+def _check_pseudo(cfg):
+    "That there is somebody whose detections can be pseudo boxes."
+    if cfg.loss.pseudo and not cfg.network.weights:
+        raise ValueError("pseudo: expected weights=RUN or FILE, which detects, got none")
+    if cfg.loss.pseudo and design_of(cfg):
+        raise ValueError("pseudo: means nothing with three_scale")
+
+
 def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",), start=None):
     """Everything that can be known to be wrong before anything is made; `train` begins with it.
 
@@ -292,6 +326,7 @@ def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",)
     if run:
         notes += check_resume(run, cfg, splits)
     check_batch(cfg, len(splits["train"]), processes)
+    _check_pseudo(cfg)
     if run or start:
         build_cfg = _resumed_build(run or start, cfg)
     else:
@@ -306,16 +341,47 @@ def check_run(cfg, splits, root="runs", run=None, processes=1, needed=("train",)
         notes += label_lines(splits["train"], model.head.partition)
     make_loss(cfg, model, make_teacher(cfg, splits["train"].names, root))
     compose(cfg.data, cfg.training.epochs, model.head.partition.head_of)
+    if cfg.training.learn and not run:
+        model = _learning_head(cfg, model)[0]
     callbacks(cfg.override(ema=0), Path(), model, splits.get("dev"))  # no copy only to check
     return model, notes
 
 
-def _open_run(cfg, run, root, partition, splits, accelerator, start=None):
-    "The run's folder, new or reopened, made by the first process and known to all."
+def _add_pseudo(cfg, data, run, root, accelerator, notes):
+    """Images of train with the pseudo boxes of a run; these, or None, for its file.
+
+    A run that goes on has them in its folder.
+    """
+    if not cfg.loss.pseudo:
+        return data, None
+    ids = data.records.ids
+    if run:
+        return with_pseudo(data, read_pseudo(run / "pseudo.csv", ids)), None
+    model = make_teacher(cfg.override(distill="start"), data.records.names, root)
+    how = limits(cfg, conf=cfg.loss.pseudo)
+    boxes, covered = pseudo_boxes(
+        model.to(accelerator.device), data, accelerator=accelerator, **how
+    )
+    images = len(np.unique(boxes["image"]))
+    notes.append(
+        f"pseudo={cfg.loss.pseudo:g}: {len(boxes['image'])} detections of {cfg.network.weights} in "
+        f"{images} of {len(data)} images of train are no background; {covered} more are covered "
+        "by a label"
+    )
+    return with_pseudo(data, boxes), boxes
+
+
+def _open_run(cfg, run, root, partition, splits, accelerator, start=None, pseudo=None):
+    """The run's folder, new or reopened, made by the first process and known to all.
+
+    `pseudo` has the pseudo boxes of a new run, and the ids of the images of train.
+    """
 
     def fill(folder):
         save_heads(folder / "heads.yaml", partition)
         write_images(folder / "images.csv", splits)
+        if pseudo:
+            write_pseudo(folder / "pseudo.csv", *pseudo)
 
     if accelerator.is_main_process:
         run = _reopen(run, cfg) if run else new_run(cfg, root, fill)
@@ -434,10 +500,12 @@ def train(cfg, splits=None, resume=None, root="runs", quiet=False, more=(), told
         notes += leak_lines(cfg.data.place, splits, Path(root) / ".cache")
     partition = model.head.partition
     data = dataset(cfg, splits["train"], True, partition.head_of)
+    data, pseudo = _add_pseudo(cfg, data, run, root, accelerator, notes)
     batches = loader(data, cfg.data.batch, cfg.data.workers, process=process)
     dev = _spaced(splits.get("dev", ()), cfg.evaluation.eval_share)
     dev = dataset(cfg, dev) if len(dev) else None
-    run = _open_run(cfg, run, root, partition, splits, accelerator, start)
+    pseudo = pseudo and (pseudo, data.records.ids)
+    run = _open_run(cfg, run, root, partition, splits, accelerator, start, pseudo)
     problems = _tell_problems(cfg, splits, dict(train=data, dev=dev), notes, accelerator, told)
     try:
         loss = make_loss(cfg, model, make_teacher(cfg, splits["train"].names, root))
