@@ -125,6 +125,7 @@ def both(tmp_path_factory):
     return root, losses(root / "one", 1, *words), losses(root / "two", 2, *words)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(both):
     root, one, two = both
     assert len(one["gn"]) == 10 and apart(one["gn"], two["gn"]) < 1e-5
@@ -135,10 +136,12 @@ def test_two_processes_train_what_one_trains(both):
     assert not list(root.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_batch_norm_sees_only_its_share(both):
     assert apart(both[1]["bn"][:1], both[2]["bn"][:1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(both):
     root = both[0] / "two"
     assert (

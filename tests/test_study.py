@@ -178,7 +178,7 @@ def test_short_forms_and_arm_keys_are_one_thing(here):
 
 SWEEPS = [
     ("strategy-a", "background"),
-    ("freeze", "free"),
+    pytest.param("freeze", "free", marks=pytest.mark.slow),
     pytest.param("ladder", "ladder", marks=pytest.mark.slow),
 ]
 
