@@ -334,7 +334,7 @@ def make_yolo(draw, root, images):
 
 
 def test_yolo_sets(pool):
-    run(pool, make_yolo, 130)
+    run(pool, make_yolo, 80)
 
 
 # COCO.
@@ -438,7 +438,7 @@ def write_entries(draw, root, entries):
 
 
 def test_coco_sets(pool):
-    run(pool, make_coco, 130)
+    run(pool, make_coco, 80)
 
 
 # VOC.
@@ -506,7 +506,7 @@ def make_voc(draw, root, images):
 
 
 def test_voc_sets(pool):
-    run(pool, make_voc, 110)
+    run(pool, make_voc, 70)
 
 
 # Image files.
@@ -566,7 +566,7 @@ def test_depths_and_sizes(pool):
         assert np.abs(read - values[..., None]).max() <= off, file
         return read
 
-    many(100 * TIMES, example, 0.02)
+    many(60 * TIMES, example, 0.02)
 
 
 # Words of the command line.
@@ -594,4 +594,4 @@ def test_text_stands_as_it_is_written():
         assert out == word or (out is None and word == "null")  # null stands for none
         return out
 
-    many(100 * TIMES, example, 0)
+    many(60 * TIMES, example, 0)
