@@ -106,7 +106,7 @@ BAD = {
     "train epoch=3": "unknown key 'epoch'; did you mean 'epochs'?",
     "train --config key.yaml": "key.yaml: unknown key 'learning_rate'",
     "train --config bad.yaml": "bad.yaml: not YAML",
-    "train reduce=sum": "reduce: must be 'head' or 'trunk', got 'sum'",
+    "train reduce=sum": "reduce: must be 'balanced', 'head' or 'trunk', got 'sum'",
     "train --data data --heads twice.yaml": "twice.yaml: class 'b' (1) is in heads 0 and 1",
     "train --data data --heads none.yaml": "'c' (2) is in no head",
     "train --data data --heads other.yaml": (

@@ -11,7 +11,7 @@ from mhdet.model.multihead import ANCHORS, STRIDES, per_anchor
 from mhdet.partition.heads import Head, Partition
 
 ROUTES = dict(
-    reduce=st.sampled_from(["trunk", "head"]),
+    reduce=st.sampled_from(["trunk", "head", "balanced"]),
     others=st.sampled_from(["background", "ignore"]),
     negatives=st.sampled_from(["all", "head"]),
     single=st.sampled_from(["train", "skip"]),
@@ -141,7 +141,7 @@ def test_ignored_objects_leave_other_heads_alone(seed):
     targets = targets[torch.tensor(part.head_of)[targets[:, 1].long()] == 0]
     m = match_anchors(targets, [r.shape[2:] for r in raws], ANCHORS, STRIDES)
     others = [*range(5, 15), *(15 + c for h in part.heads[1:] for c in h.classes)]
-    for reduce in ("trunk", "head"):
+    for reduce in ("trunk", "head", "balanced"):
         loss = RoutedLoss(part, reduce=reduce, others="ignore", negatives="head")
         _, grads = value_and_grads(loss, raws, targets)
         for g, place in zip(grads, m.places(), strict=True):

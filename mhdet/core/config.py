@@ -270,7 +270,8 @@ class LossConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Literal["head", "all"], _about("classes that OTA's cost sees: the head's, or all")
     ] = "all"
     reduce: Annotated[
-        Literal["head", "trunk"], _about("mean over the positives of each head, or of all")
+        Literal["head", "trunk", "balanced"],
+        _about("means for each head, for all, or objectness for each and the rest for all"),
     ] = "trunk"
     single: Annotated[
         Literal["train", "skip"], _about("classification loss of a head with one class")

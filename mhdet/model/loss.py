@@ -267,8 +267,9 @@ class RoutedLoss(nn.Module):
         Weights of the three terms.
     balance : sequence of float (L,)
         Weight of each level's objectness loss.
-    reduce : {"trunk", "head"}
-        Means over all heads together, or for each head apart.
+    reduce : {"trunk", "head", "balanced"}
+        Means over all heads together; for each head apart; or objectness for each head apart,
+        boxes and classes together.
     others : {"background", "ignore", "ignore_iou"}
         What an object of another head is for the objectness of a head: background; ignored at the
         predictions that are matched to it; ignored where the head's box overlaps it with IoU > 0.5.
@@ -318,7 +319,7 @@ class RoutedLoss(nn.Module):
     """
 
     OPTIONS = dict(
-        reduce=("trunk", "head"),
+        reduce=("trunk", "head", "balanced"),
         others=("background", "ignore", "ignore_iou"),
         negatives=("all", "head"),
         single=("train", "skip"),
@@ -449,7 +450,7 @@ class RoutedLoss(nn.Module):
         # each match counts 1/n of its level (and head), in the column of its head
         in_head = F.one_hot(head, self.nh)
         n, processes = self._count_matches(in_head, m.sizes, boxes.requires_grad)
-        if self.reduce == "trunk":
+        if self.reduce != "head":
             n = n.sum(1, keepdim=True)
         weight = in_head * processes / n.clamp(min=1)[m.level]
         box = (box_losses[:, None] * weight).sum(0)
@@ -547,14 +548,14 @@ class RoutedLoss(nn.Module):
         "Heads with an objectness loss at each matched prediction (n, nh), given those that own it."
         if self.others != "ignore":
             return own.any(1, keepdim=True).expand(own.shape)
-        if self.reduce == "head":
+        if self.reduce != "trunk":
             return own
         return F.one_hot(head, self.nh) * own
 
     def _background_loss(self, obj, ignored):
         "Objectness loss of the predictions without a match, by level: list of Tensor (nh,)."
         if ignored is None:
-            share = 1.0 if self.reduce == "head" else 1 / self.nh
+            share = 1 / self.nh if self.reduce == "trunk" else 1.0
             return [share * self.cost(o).sum((0, 2, 3, 4)) for o in obj]
         out = []
         for o, without in zip(obj, ignored, strict=True):
