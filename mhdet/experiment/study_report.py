@@ -574,7 +574,8 @@ def _blocks(cfg, result, env, figures):
         blocks.append(markdown_table(heads))
     bounds = bound_table(result)
     if len(bounds):
-        blocks.append("## What it could have brought\n\n" + _bound_text(bounds))
+        text = _bound_text(bounds, _metric(result))
+        blocks.append("## What it could have brought\n\n" + text)
         blocks.append(markdown_table(bounds))
     if len(cost_table(result)):
         blocks.append("## What it costs")
@@ -589,13 +590,15 @@ def _blocks(cfg, result, env, figures):
     return [block for block in blocks if block]
 
 
-def _bound_text(bounds):
+def _bound_text(bounds, metric):
     "Whether arms gained more than they could have by separating classes."
     above = bounds["delta"] > bounds["bound"]
     text = (
         "`bound`: the AP50 that the single head would gain without confusions between the heads; "
         "`lost`: the share of objects whose best place an object of another head wants. "
     )
+    if metric == "AP":  # has another scale than the bound
+        return text + "`delta` is of AP."
     if not above.any():
         return text + "No arm gained more than its bound."
     return text + f"More than its bound gained: {', '.join(bounds['name'][above])}."
