@@ -361,7 +361,7 @@ def detection_changes(first, second, ids):
     -------
     dict of int to str
         Class id in `first` to `same` (to the last bit), `rounding` (as many in every image, and
-        within `ROUNDING`) or `changed`.
+        within `ROUNDING`), `changed`, or `none` where there are none in either.
 
     Raises
     ------
@@ -378,7 +378,9 @@ def detection_changes(first, second, ids):
             tables.append(table[np.lexsort(table.T[::-1])])
         before, after = tables
         out[old] = "changed"
-        if np.array_equal(before, after):
+        if not len(before) and not len(after):
+            out[old] = "none"
+        elif np.array_equal(before, after):
             out[old] = "same"
         elif before.shape == after.shape and np.array_equal(before[:, 0], after[:, 0]):
             # each column sorted for itself within its image: near ties may have changed places
