@@ -139,7 +139,7 @@ def _operation_text(report):
         place = 2 if "changed" in kinds else 1 if "rounding" in kinds else 0
         place = 3 if kinds == {"none"} else place
         list(groups.values())[place].append(head)
-    lines = [f"{report['run']}: {len(report['heads'])} heads; {report['history'][-1]}"]
+    lines = [f"{report['run']}: {report['history'][-1]}; heads: {', '.join(report['heads'])}"]
     lines.append(f"on the {report['n']} images of {report['split']}, detections of these heads are")
     lines += [f"  {what}: {', '.join(heads)}" for what, heads in groups.items() if heads]
     if "operation" in report:
