@@ -39,6 +39,7 @@ ORDER = (
     "partition",
     "split",
     "grow",
+    "heads",
     "import",
     "convert",
     "detect",

@@ -71,3 +71,116 @@ def _grow(
     how |= dict(replay=replay, unfreeze=unfreeze, changes=chosen)
     _, report = grow(names[0], data, ROOT, **how)
     return report, "\n".join([text_table(_rows(report)), "", *_sentences(report)])
+
+# %% ../../nbs/11_cli/10_grow.ipynb #a1f0c3d2
+def _one_operation(drop, merge, retrain, name):
+    "Refuse more than one operation, and a name for nothing."
+    asked = {"--drop": drop, "--merge": merge, "--retrain": retrain}
+    asked = [option for option, value in asked.items() if value is not None]
+    if len(asked) > 1:
+        raise ValueError(
+            f"expected one operation, got {' and '.join(asked)}: one run after the other"
+        )
+    if name is not None and merge is None:
+        raise ValueError("--name: is the name of merged heads; expected --merge A,B too")
+
+
+def _check_keys(chosen, allowed, what):
+    "Refuse keys that have no effect."
+    for key in chosen:
+        if key not in allowed:
+            allowed_text = ", ".join(allowed)
+            raise ValueError(f"'{key}' changes nothing with {what}; allowed: {allowed_text}")
+    return chosen
+
+
+def _card_text(cards):
+    "The cards as a table, and what was done with each head."
+    import textwrap
+
+    rows = []
+    for card in cards.to_dict("records"):
+        row = {"head": card["head"]}
+        row["classes"] = textwrap.shorten(", ".join(card["classes"]), 30, placeholder=" ...")
+        boxes = {key: card[key] for key in ("boxes", "images_seen")}
+        missing = {key for key, value in boxes.items() if value != value}
+        row |= {k.replace("_", " "): None if k in missing else v for k, v in boxes.items()}
+        row["learned in"] = ", ".join(card["learned_in"]) or None
+        row |= {"AP50": card["AP50"], "AP": card["AP"], "ECE": card["ece"]}
+        rows.append(row | {"params": card["params"], "MACs": card["macs"]})
+    facts = cards.attrs
+    lines = [
+        f"{facts['run']}: AP and ECE (calibration) on the {facts['n']} images of {facts['split']}"
+    ]
+    for card in cards.to_dict("records"):
+        lines += [f"{card['head']}: {line}" for line in card["history"]]
+    return "\n".join([text_table(rows), "", *lines])
+
+
+def _operation_text(report):
+    "The table of an operation, and which detections are the same."
+    rows, by_head = [], {}
+    for row in report["classes"]:
+        before, after = row["head_before"], row["head_after"]
+        head = before if after == before else f"{before} -> {after or 'dropped'}"
+        shown = {"class": row["class"], "head": head, "AP50 before": row["AP50_before"]}
+        rows.append(shown | {"AP50 after": row["AP50_after"], "detections": row["detections"]})
+        if after:
+            by_head.setdefault(after, set()).add(row["detections"])
+    means = {"AP50 before": report["AP50"]["before"], "AP50 after": report["AP50"]["after"]}
+    rows.append({"class": "all that stay", "head": "", **means, "detections": ""})
+    groups = {
+        "the same, to the last bit": [],
+        "the same, up to rounding": [],
+        "changed": [],
+        "none": [],
+    }
+    for head, kinds in by_head.items():
+        place = 2 if "changed" in kinds else 1 if "rounding" in kinds else 0
+        place = 3 if kinds == {"none"} else place
+        list(groups.values())[place].append(head)
+    lines = [f"{report['run']}: {report['history'][-1]}; heads: {', '.join(report['heads'])}"]
+    lines.append(f"on the {report['n']} images of {report['split']}, detections of these heads are")
+    lines += [f"  {what}: {', '.join(heads)}" for what, heads in groups.items() if heads]
+    if "operation" in report:
+        lines.append(f"weights: {report['operation']}")
+    return "\n".join([text_table(rows), "", *lines])
+
+
+@command(names=(1, 1), usage="RUN [key=value]...")
+def _heads(
+    names,
+    chosen,
+    drop: str = option(None, "Head that goes, with its classes; name or number."),
+    merge: str = option(None, "A,B: heads that become one."),
+    name: str = option(None, "Name of the merged head; otherwise A+B."),
+    retrain: str = option(None, "Head that is trained again, alone."),
+    split: str = option(None, "train, dev, val; otherwise dev, or val if that has more heads."),
+    heads: str = option(None, "Not here: heads have names.", hidden=True),
+):
+    """What each head is; drop, merge, retrain them.
+
+    Each operation makes a new run (run=NAME) and leaves RUN as it is. --retrain takes the keys of a
+    training; epochs is 20 unless given. Nothing but that head learns, so all other detections stay
+    the same, bit by bit.
+    """
+    from mhdet.experiment.head_cards import edit_run, head_cards, retrain_run
+
+    _one_operation(drop, merge, retrain, name)
+    if heads or "heads" in chosen:
+        raise ValueError("heads: takes no head file; a head is named by --drop, --merge, --retrain")
+    operation = {"--drop": drop, "--merge": merge, "--retrain": retrain}
+    operation = next((o for o, value in operation.items() if value is not None), None)
+    if split and operation:
+        raise ValueError(f"--split changes nothing with {operation}")
+    if retrain is not None:
+        _, report = retrain_run(names[0], retrain, ROOT, chosen)
+    elif operation:
+        how = _check_keys(chosen, ("run", "device"), operation)
+        merge = merge and merge.split(",")
+        _, report = edit_run(names[0], drop, merge, name, root=ROOT, **how)
+    else:
+        how = _check_keys(chosen, ("data", "device"), "the cards")
+        cards = head_cards(names[0], ROOT, split=split, **how)
+        return {**cards.attrs, "heads": cards}, _card_text(cards)
+    return report, _operation_text(report)
