@@ -33,6 +33,7 @@ _HOME = {
     "train": "experiment.run",
     "study": "experiment.study",
     "grow": "experiment.grow",
+    "head_cards": "experiment.head_cards",
     "to_onnx": "tools.onnx",
     "run_onnx": "tools.onnx",
 }

@@ -701,6 +701,11 @@ class Learner:
 
     def load_state_dict(self, state):
         """Take back what `state_dict` gave; callbacks without a stored state stay as they are."""
+        if "optimizer" not in state:
+            raise ValueError(
+                "the state has weights only, no momentum and no counters: nothing to continue; a "
+                "new training can begin with these weights"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._restore_layout()
