@@ -40,6 +40,7 @@ ORDER = (
     "split",
     "grow",
     "heads",
+    "protocol",
     "import",
     "convert",
     "detect",

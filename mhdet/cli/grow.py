@@ -184,3 +184,57 @@ def _heads(
         cards = head_cards(names[0], ROOT, split=split, **how)
         return {**cards.attrs, "heads": cards}, _card_text(cards)
     return report, _operation_text(report)
+
+# %% ../../nbs/11_cli/10_grow.ipynb #b2f0c3d2
+def _summary_rows(table):
+    "The summary of protocols as rows of text; columns without a value are left out."
+    from mhdet.experiment.protocols import protocol_summary
+
+    summary = protocol_summary(table)
+    summary["same"] = ["" if s != s or s is None else "yes" if s else "no" for s in summary["same"]]
+    summary = summary.rename(columns={"same": "first kept"})
+    few = [
+        c for c in ("closed", "sd", "first kept") if summary[c].isna().all() or not any(summary[c])
+    ]
+    return summary.drop(columns=few)
+
+
+@command("", (1, None), "RUN [RUN]...")
+def _protocol(
+    names,
+    chosen,
+    protocols: str = option("15+5", "15+5: in turn; 10/10: at once, in two halves; comma between."),
+    arms_file: str = option(None, "Other arms: YAML with rows of keys."),
+    budget: float = option(0.35, "Images an arm sees, as a share of RUN's.", min=0.01),
+):
+    """How much is kept when classes come one set after the other?
+
+    RUN was trained on everything: the upper bound, and the recipe. 15+5: a detector of the first 15
+    classes learns 5 more, from images that label only these: frozen (a head of its own that alone
+    learns), thawed (the neck too, with a teacher), naive (as usual). 10/10: each half of the images
+    labels ten classes: routed (a head for each half) and union (the unlabelled is background).
+    AP50 on val by VOC's rule. Several RUNs are several seeds.
+    """
+    import pandas as pd
+
+    from mhdet.experiment.protocols import (
+        plan_protocol,
+        plot_protocols,
+        protocol_table,
+        read_protocol_arms,
+        run_protocol,
+    )
+
+    arms = read_protocol_arms(arms_file) if arms_file else None
+    plans = [
+        plan_protocol(name, text, arms, budget, ROOT)
+        for text in protocols.split(",")
+        for name in names
+    ]
+    tables = [protocol_table(plan, run_protocol(plan)) for plan in plans]
+    table = pd.concat(tables, ignore_index=True)
+    folder = plans[0].folder
+    table.to_csv(folder / "table.csv", index=False)
+    plot_protocols(table)[0].figure.savefig(folder / "protocols.png")
+    text = text_table(_summary_rows(table).round(3))
+    return table.to_dict("records"), f"{text}\n\n{folder}: table.csv, protocols.png"

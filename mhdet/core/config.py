@@ -50,8 +50,12 @@ class DataSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Its class -> the class of another data set that is the same; or a YAML file of that.
     weight : float
         How often its images are drawn, relative to those of the others.
-    share : float
+    share : float or [float, float]
         Part of its images of train that is taken, by hash of the image id; dev and val stay whole.
+        `[0, .5]` and `[.5, 1]` are two halves without a common image.
+    missing : {"unknown", "background"}
+        What an object of a class that it does not label is in training: unknown, so that it
+        teaches nothing, or background, as in a data set that labels every class.
     images : {"all", "with_boxes"}
         With boxes: of train only those with a box that counts.
     unlabelled : list of str
@@ -64,7 +68,8 @@ class DataSource(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     labels: Annotated[list[_Text], Meta(min_length=1)] | None = None
     rename: _Text | dict[str, str] | None = None
     weight: _Above = 1.0
-    share: _Share = 1.0
+    share: _Share | list[_Share] = 1.0
+    missing: Literal["unknown", "background"] = "unknown"
     images: Literal["all", "with_boxes"] = "all"
     unlabelled: list[_Text] = []
 
@@ -102,6 +107,9 @@ def data_sources(data):
             if key:  # the value says more than its type
                 wrong = f"{key}: {wrong.split(', got `')[0]}, got {entry[key]!r:.200}"
             raise ValueError(f"data: entry {k}: {wrong}") from None
+        share = sources[-1].share
+        if isinstance(share, list) and (len(share) != 2 or share[0] >= share[1]):
+            raise ValueError(f"data: entry {k}: share: expected [low, high], got {share}")
     return sources
 
 

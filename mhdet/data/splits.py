@@ -27,13 +27,18 @@ from .records import ClassMap, Records
 from .toy import toy_dataset
 
 # %% ../../nbs/01_data/09_splits.ipynb #06989916
-def _is_dev(image_id, share, salt=b""):
-    """Whether an image belongs to dev: the first 8 bytes of BLAKE2b of its id, as a fraction.
+def _is_within(image_id, low, high, salt=b""):
+    """Whether an image is in a part of all images: `low`..`high` of 0..1.
 
-    With another salt it is another part of the images.
+    Its place in 0..1 is the first 8 bytes of BLAKE2b of its id; with another salt another one.
     """
     digest = blake2b(str(image_id).encode(), digest_size=8, salt=salt).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return low * 2**64 <= int.from_bytes(digest, "big") < high * 2**64
+
+
+def _is_dev(image_id, share):
+    "Whether an image belongs to dev."
+    return _is_within(image_id, 0, share)
 
 
 def _is_toy(path):
@@ -115,9 +120,20 @@ def _taken(train, sources):
         source = sources[name]
         own_id = image_id.removeprefix(f"{name}/")
         wanted = source.images == "all" or counted[i]
-        if wanted and _is_dev(own_id, source.share, b"share"):
+        share = source.share
+        low, high = share if isinstance(share, list) else (0, share)
+        if wanted and _is_within(own_id, low, high, b"share"):
             taken.append(i)
     return train.subset(taken)
+
+
+def _with_background(train, sources):
+    "Train, where what some data sets do not label is background in their images."
+    complete = [name for name, source in sources.items() if source.missing == "background"]
+    if train.known is None or not complete:
+        return train
+    known = train.known | np.isin(train.sources, complete)[:, None]
+    return replace(train, known=None if known.all() else known)
 
 
 def _open_several(sources, split, dev, test):
@@ -134,7 +150,7 @@ def _open_several(sources, split, dev, test):
     if "train" in splits and dev:
         splits = _set_dev_aside(splits.pop("train"), dev) | splits
     if "train" in splits:
-        splits["train"] = _taken(splits["train"], named)
+        splits["train"] = _with_background(_taken(splits["train"], named), named)
     if split and split not in splits:
         raise FileNotFoundError(
             f"{', '.join(data)}: no split '{split}'; there is {', '.join(splits)}"

@@ -71,6 +71,14 @@ def _new_classes(ref, model, data, labels, dev):
     return fresh, entry, len(train)
 
 
+def _share_of(share, replay):
+    "A share of a share, which may be a range."
+    if isinstance(share, list) and replay:
+        low, high = share
+        return [low, low + replay * (high - low)]
+    return replay and replay * share
+
+
 def _with_old_data(ref, own, names, entry, replay, dev):
     """The data sets of a run and the new one, as the key `data`; how many images of train are old.
 
@@ -79,7 +87,7 @@ def _with_old_data(ref, own, names, entry, replay, dev):
     """
     old = own if isinstance(own, list) else [own]
     old = [dict(e) if isinstance(e, dict) else {"path": e} for e in old]
-    old = [e | {"share": replay * e.get("share", 1)} for e in old]
+    old = [e | {"share": _share_of(e.get("share", 1), replay)} for e in old]
     try:
         train = open_data([*old, entry], dev=dev)["train"]
         difference = class_difference(train.names[: len(names)], names)
