@@ -206,6 +206,7 @@ def _protocol(
     protocols: str = option("15+5", "15+5: in turn; 10/10: at once, in two halves; comma between."),
     arms_file: str = option(None, "Other arms: YAML with rows of keys."),
     budget: float = option(0.35, "Images an arm sees, as a share of RUN's.", min=0.01),
+    on: str = option("val", "The split they are compared on: val, or dev to choose rates."),
 ):
     """How much is kept when classes come one set after the other?
 
@@ -213,7 +214,7 @@ def _protocol(
     classes learns 5 more, from images that label only these: frozen (a head of its own that alone
     learns), thawed (the neck too, with a teacher), naive (as usual). 10/10: each half of the images
     labels ten classes: routed (a head for each half) and union (the unlabelled is background).
-    AP50 on val by VOC's rule. Several RUNs are several seeds.
+    AP50 by VOC's rule. Several RUNs are several seeds.
     """
     import pandas as pd
 
@@ -227,14 +228,14 @@ def _protocol(
 
     arms = read_protocol_arms(arms_file) if arms_file else None
     plans = [
-        plan_protocol(name, text, arms, budget, ROOT)
+        plan_protocol(name, text, arms, budget, ROOT, on)
         for text in protocols.split(",")
         for name in names
     ]
     tables = [protocol_table(plan, run_protocol(plan)) for plan in plans]
     table = pd.concat(tables, ignore_index=True)
     folder = plans[0].folder
-    table.to_csv(folder / "table.csv", index=False)
-    plot_protocols(table)[0].figure.savefig(folder / "protocols.png")
+    table.to_csv(folder / f"table-{on}.csv", index=False)
+    plot_protocols(table)[0].figure.savefig(folder / f"protocols-{on}.png")
     text = text_table(_summary_rows(table).round(3))
-    return table.to_dict("records"), f"{text}\n\n{folder}: table.csv, protocols.png"
+    return table.to_dict("records"), f"{text}\n\n{folder}: table-{on}.csv, protocols-{on}.png"

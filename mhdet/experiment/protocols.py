@@ -138,6 +138,8 @@ class Plan(NamedTuple):
         Name -> what is special about it.
     budget : float
         Images that an arm may see, as a share of those of the joint training.
+    on : str
+        The split on which they are compared.
     """
 
     joint: Path
@@ -146,6 +148,7 @@ class Plan(NamedTuple):
     folder: Path
     arms: dict
     budget: float
+    on: str = "val"
 
     def run(self, arm):
         "Path: folder of an arm's run."
@@ -273,7 +276,7 @@ def read_protocol_arms(file):
     return {name: spec.base | keys for name, keys in named_rows(spec)}
 
 
-def plan_protocol(ref, text, arms=None, budget=0.35, root="runs"):
+def plan_protocol(ref, text, arms=None, budget=0.35, root="runs", on="val"):
     """Prepare a protocol for a joint training.
 
     Parameters
@@ -289,6 +292,8 @@ def plan_protocol(ref, text, arms=None, budget=0.35, root="runs"):
         training has seen; the arms have no more than 20 epochs.
     root : str or Path
         Folder of all runs.
+    on : {"val", "dev"}
+        The split on which they are compared; dev to choose rates.
 
     Returns
     -------
@@ -297,13 +302,18 @@ def plan_protocol(ref, text, arms=None, budget=0.35, root="runs"):
     Raises
     ------
     FileNotFoundError, ValueError
-        No such run, one that is not finished or on several data sets; a protocol for other numbers
-        of classes; an arm with a key that is not known, or that the protocol sets itself.
+        No such run, one that is not finished, on several data sets or without dev where that is
+        asked for; a protocol for other numbers of classes; an arm with a key that is not known, or
+        that the protocol sets itself.
     """
+    if on not in ("val", "dev"):
+        raise ValueError(f"on: must be val or dev, got {on!r}")
     joint, _ = find_run(ref, root)
     cfg = load_config(joint / "config.yaml")
     if isinstance(cfg.data.data, list):
         raise ValueError(f"{ref}: expected a training on one data set, got {len(cfg.data.data)}")
+    if on == "dev" and not cfg.data.dev:
+        raise ValueError(f"{ref}: no images were set aside for dev (dev=0)")
     done = len(JsonLog(joint / "log.jsonl").rows())
     if done < cfg.training.epochs:
         raise ValueError(f"{ref}: {done} of {cfg.training.epochs} epochs; train it to its end")
@@ -312,11 +322,11 @@ def plan_protocol(ref, text, arms=None, budget=0.35, root="runs"):
     arms = (IN_TURN if protocol.in_turn else AT_ONCE) if arms is None else arms
     _check_arms(arms, protocol.in_turn)
     folder = Path(root) / f"protocols-{joint.name}"
-    return Plan(joint, cfg, protocol, folder, arms, budget)
+    return Plan(joint, cfg, protocol, folder, arms, budget, on)
 
 # %% ../../nbs/06_experiment/17_protocols.ipynb #4fa10f40
 def _judge(run, names, data, device):
-    "What a run knows of these classes, and its detections on val."
+    "What a run knows of these classes, and its detections."
     model, cfg = load_run(run)
     how = limits(cfg) | dict(per="head")
     dt, _ = predict(model.to(device), dataset(cfg, data), **how)
@@ -342,7 +352,7 @@ def _same_classes(a, b, n):
 
 
 def run_protocol(plan, quiet=False, say=print):
-    """Train what a protocol lacks, and evaluate it on val.
+    """Train what a protocol lacks, and evaluate it.
 
     Parameters
     ----------
@@ -358,8 +368,8 @@ def run_protocol(plan, quiet=False, say=print):
     dict
         Arm -> record: `AP50` and `AP` (IoU .50:.95), by VOC's rule, of every class, `epochs`,
         `seen`, `seconds`, `seed`, `device`, `threads`, `commit`, `date`; of arms in turn `same`:
-        whether the detections of the first classes are those of `first`. Kept in `records.json` of
-        the plan's folder; what is there is not done again.
+        whether the detections of the first classes are those of `first`. Kept in
+        `records-SPLIT.json` of the plan's folder; what is there is not done again.
 
     Raises
     ------
@@ -384,18 +394,18 @@ def run_protocol(plan, quiet=False, say=print):
         say(f"{run}: {epochs} epoch{'s' if epochs != 1 else ''}")
         _train_or_continue(cfg, None, plan.folder, run.name, quiet, told)
     device = make_accelerator(plan.cfg.training.device).device
-    file = plan.folder / "records.json"
+    file = plan.folder / f"records-{plan.on}.json"
     records = json.loads(file.read_text()) if file.is_file() else {}
     names = [*plan.protocol.first, *plan.protocol.second]
-    val, detections = None, {}
+    data, detections = None, {}
     for arm, run in runs.items():
         if run.name in records:
             continue
-        val = val or open_data(plan.cfg.data.data, "val")["val"]
-        records[run.name], detections[arm] = _judge(run, names, val, device)
+        data = data or open_data(plan.cfg.data.data, plan.on, plan.cfg.data.dev)[plan.on]
+        records[run.name], detections[arm] = _judge(run, names, data, device)
         if in_turn and arm in plan.arms:
             if "first" not in detections:
-                _, detections["first"] = _judge(runs["first"], names, val, device)
+                _, detections["first"] = _judge(runs["first"], names, data, device)
             pair = detections["first"], detections.pop(arm)
             records[run.name]["same"] = _same_classes(*pair, len(plan.protocol.first))
         write_atomic(file, json.dumps(records, indent=1).encode())
@@ -423,7 +433,7 @@ def protocol_table(plan, records):
         classes, and `AP` of all; `of_joint`, `all` as a share of that of the joint training;
         `seen`, images, and `seen_share` of those of the joint training; `epochs`, `seconds`;
         `same`, as in the record; `closed`, share of the gap; `budget`, `device`, `threads`,
-        `commit`, `date`.
+        `on`, `commit`, `date`.
 
     Raises
     ------
@@ -446,7 +456,7 @@ def protocol_table(plan, records):
         row["same"] = record.get("same")
         gap = means["joint"] - means["union"] if "union" in means else 0
         row["closed"] = (means[arm] - means["union"]) / gap if gap else None
-        row["budget"] = plan.budget if protocol.in_turn else None
+        row |= dict(budget=plan.budget if protocol.in_turn else None, on=plan.on)
         row |= {key: record[key] for key in ("device", "threads", "commit", "date")}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -537,7 +547,7 @@ def plot_protocols(table, axes=None):
         text = f"{first} classes labelled in one half, {second} in the other"
         if "+" in protocol:
             text = f"{first} classes, then {second}"
-        ax.set(title=f"{protocol}: {text}", xlabel="AP50 on val")
+        ax.set(title=f"{protocol}: {text}", xlabel=f"AP50 on {own['on'].iloc[0]}")
         ax.set_yticks(range(len(arms)), ticks)
         ax.set_ylim(-0.5, len(arms) - 0.5)
         ax.set_xlim(left=0)
