@@ -25,6 +25,7 @@ from ..data.splits import open_data
 from ..evaluation.metrics import evaluate
 from .arms import _known
 from .grow import RECIPE, grow_config
+from .head_cards import detection_changes
 from .inference import dataset, limits, predict
 from .models import load_run
 from .study import _train_or_continue
@@ -345,12 +346,6 @@ def _judge(run, names, data, device):
     return record, dt
 
 
-def _same_classes(a, b, n):
-    "Whether two sets of detections are the same, to the last bit, for classes 0..n-1."
-    a, b = ({k: v[dt["label"] < n] for k, v in dt.items()} for dt in (a, b))
-    return all(np.array_equal(v, b[k]) for k, v in a.items())
-
-
 def run_protocol(plan, quiet=False, say=print):
     """Train what a protocol lacks, and evaluate it.
 
@@ -406,8 +401,9 @@ def run_protocol(plan, quiet=False, say=print):
         if in_turn and arm in plan.arms:
             if "first" not in detections:
                 _, detections["first"] = _judge(runs["first"], names, data, device)
-            pair = detections["first"], detections.pop(arm)
-            records[run.name]["same"] = _same_classes(*pair, len(plan.protocol.first))
+            ids = {c: c for c in range(len(plan.protocol.first))}
+            changes = detection_changes(detections["first"], detections.pop(arm), ids)
+            records[run.name]["same"] = {*changes.values()} <= {"same", "none"}
         write_atomic(file, json.dumps(records, indent=1).encode())
     return {arm: records[run.name] for arm, run in runs.items()}
 
