@@ -255,7 +255,7 @@ def _grown(old, network, partition):
             f"transfer=grow: expected heads=FILE, the heads of {network.weights} and new ones"
         )
     try:
-        return grow_to(old, partition, network.grow_from)
+        return grow_to(old, partition, network.grow_from, network.adapter)
     except ValueError as e:
         raise ValueError(f"{network.heads}: {e}") from None
 

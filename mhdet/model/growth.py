@@ -123,18 +123,19 @@ def _fill_level(old, new, l, sources):
 
 
 @torch.no_grad()
-def _rebuild(model, partition, sources, parents):
+def _rebuild(model, partition, sources, parents, adapter=None):
     """A detector with other heads.
 
     `sources`: for each of the 5 nh + nc outputs of an anchor in the new partition, a dict of old
     output to weight (of sum 1); empty: as the layer begins. `parents`: for each new head the old
-    one whose adapters it copies, None: those that change nothing.
+    one whose adapters it copies, None: those that change nothing. `adapter`: another kind than the
+    old layer has, which must have none.
     """
     old = model.head
     device, channels = old.head_of.device, [m.in_channels for m in old.m]
-    new = MultiHead(
-        partition, channels, old.ia is not None, old.anchors, old.strides, old.boxes, old.adapter
-    ).to(device)
+    implicit, kind = old.ia is not None, adapter or old.adapter
+    new = MultiHead(partition, channels, implicit, old.anchors, old.strides, old.boxes, kind)
+    new = new.to(device)
     by_channel = {}
     for c in range(new.channels_per_anchor):
         given = {}
@@ -144,7 +145,7 @@ def _rebuild(model, partition, sources, parents):
         by_channel[c] = given
     for l in range(len(channels)):
         _fill_level(old, new, l, by_channel)
-        for h, parent in enumerate(parents if len(new.adapters[l]) else ()):
+        for h, parent in enumerate(parents if len(old.adapters[l]) else ()):
             if parent is not None:
                 new.adapters[l][h].load_state_dict(old.adapters[l][parent].state_dict())
     grown = Detector(copy.deepcopy(model.trunk), new).train(model.training)
@@ -209,7 +210,7 @@ def _shares(values):
     return {value: values.count(value) / len(values) for value in dict.fromkeys(values)}
 
 
-def add_head(model, classes, name=None, start="mean"):
+def add_head(model, classes, name=None, start="mean", adapter=None):
     """A detector with one head more, for new classes; what it had stays, bit by bit.
 
     Parameters
@@ -225,6 +226,9 @@ def add_head(model, classes, name=None, start="mean"):
         bias; a dict of new class to similar known class (or list of them): their mean, box and
         objectness of the heads of these, and their adapters where it is one head. Classes that are
         not in the dict begin with the mean.
+    adapter : {"bottleneck", "cbam"}, optional
+        Gives heads without adapters such ones, which change nothing until they are trained: where
+        nothing else learns, they are what a new head can see in old features beside linear maps.
 
     Returns
     -------
@@ -238,7 +242,8 @@ def add_head(model, classes, name=None, start="mean"):
     ------
     ValueError
         A class that is known already, or given twice; no classes; a head of that name; a similar
-        class that is not known; heads with attention, which nothing new could begin with.
+        class that is not known; heads with attention, which nothing new could begin with; other
+        adapters than the heads have.
 
     References
     ----------
@@ -261,8 +266,10 @@ def add_head(model, classes, name=None, start="mean"):
     )
     parents = sorted({int(old.head_of[k]) for ids in similar for k in ids or ()})
     adapters_of = parents[0] if len(parents) == 1 and isinstance(start, Mapping) else None
-    if old.adapter == "attention" and adapters_of is None:
+    if (adapter or old.adapter) == "attention" and adapters_of is None:
         raise ValueError("add_head: with adapter=attention a head can only start from one other's")
+    if adapter not in (None, old.adapter) and old.adapter != "none":
+        raise ValueError(f"adapter: must be {old.adapter}, as the heads have, got {adapter}")
     sources = _kept(old, grown, [*range(nh), None], [*range(nc), *[None] * len(classes)])
     if start != "random":
         heads = [int(old.head_of[k]) for ids in similar for k in ids]
@@ -271,7 +278,7 @@ def add_head(model, classes, name=None, start="mean"):
             sources[5 * nh + r] = {5 * h + r: share for h, share in _shares(heads).items()}
         for c, ids in enumerate(similar, 5 * grown.nh + nc):
             sources[c] = _shares([5 * nh + k for k in ids])
-    return _rebuild(model, grown, sources, [*range(nh), adapters_of])
+    return _rebuild(model, grown, sources, [*range(nh), adapters_of], adapter)
 
 # %% ../../nbs/04_model/04_growth.ipynb #1691e7a2
 def _check_beginning(old, partition):
@@ -291,7 +298,7 @@ def _check_beginning(old, partition):
         raise ValueError("no head is new: the detector has them all")
 
 
-def grow_to(model, partition, start="mean"):
+def grow_to(model, partition, start="mean", adapter=None):
     """The detector with the heads of a partition that it does not have yet.
 
     Parameters
@@ -303,6 +310,8 @@ def grow_to(model, partition, start="mean"):
         other head follow those of the heads before it.
     start : {"mean", "random"} or dict
         As for `add_head`; a dict may name classes of several heads.
+    adapter : {"bottleneck", "cbam"}, optional
+        As for `add_head`.
 
     Returns
     -------
@@ -329,7 +338,7 @@ def grow_to(model, partition, start="mean"):
             )
         names = partition.names[first : first + n]
         own = {k: start[k] for k in names if k in start} if by_class else start
-        model = add_head(model, names, head.name, own or "mean")
+        model = add_head(model, names, head.name, own or "mean", adapter)
     grown = model.head.partition
     if partition.blocks and partition.blocks != grown.blocks:
         raise ValueError(f"blocks: must be {list(grown.blocks)}, got {list(partition.blocks)}")
