@@ -58,6 +58,7 @@ BEGIN = [
     "nbs/tutorials/torchvision",
     "nbs/tutorials/library",
     "docs/study",
+    "nbs/tutorials/new_class",
     "docs/grow",
     "docs/coco",
     "docs/from_yolov7",
