@@ -30,7 +30,7 @@ from .inference import dataset, limits, predict
 from .models import load_run
 from .study import _train_or_continue
 from .sweep import named_rows, read_sweep
-from ..partition.heads import Head, Partition, save_heads
+from ..partition.heads import Head, Partition, load_heads, save_heads
 from ..training.learner import make_accelerator
 
 # %% ../../nbs/06_experiment/17_protocols.ipynb #6fda44df
@@ -303,9 +303,9 @@ def plan_protocol(ref, text, arms=None, budget=0.35, root="runs", on="val"):
     Raises
     ------
     FileNotFoundError, ValueError
-        No such run, one that is not finished, on several data sets or without dev where that is
-        asked for; a protocol for other numbers of classes; an arm with a key that is not known, or
-        that the protocol sets itself.
+        No such run, one that is not finished, with several heads, on several data sets or without
+        dev where that is asked for; a protocol for other numbers of classes; an arm with a key that
+        is not known, or that the protocol sets itself.
     """
     if on not in ("val", "dev"):
         raise ValueError(f"on: must be val or dev, got {on!r}")
@@ -318,8 +318,12 @@ def plan_protocol(ref, text, arms=None, budget=0.35, root="runs", on="val"):
     done = len(JsonLog(joint / "log.jsonl").rows())
     if done < cfg.training.epochs:
         raise ValueError(f"{ref}: {done} of {cfg.training.epochs} epochs; train it to its end")
-    model, _ = load_run(ref, root)
-    protocol = read_protocol(text, model.head.partition.names)
+    if cfg.network.three_scale is not None:
+        raise ValueError(f"{ref}: three_scale has no heads that could be added")
+    partition = load_heads(joint / "heads.yaml")
+    if partition.nh > 1:
+        raise ValueError(f"{ref}: expected one head for all classes, got {partition.nh}")
+    protocol = read_protocol(text, partition.names)
     arms = (IN_TURN if protocol.in_turn else AT_ONCE) if arms is None else arms
     _check_arms(arms, protocol.in_turn)
     folder = Path(root) / f"protocols-{joint.name}"
