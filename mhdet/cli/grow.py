@@ -223,7 +223,7 @@ def _protocol(
         plot_protocols,
         protocol_table,
         read_protocol_arms,
-        run_protocol,
+        run_protocols,
     )
 
     arms = read_protocol_arms(arms_file) if arms_file else None
@@ -232,7 +232,7 @@ def _protocol(
         for text in protocols.split(",")
         for name in names
     ]
-    tables = [protocol_table(plan, run_protocol(plan)) for plan in plans]
+    tables = [protocol_table(*pair) for pair in zip(plans, run_protocols(plans), strict=True)]
     table = pd.concat(tables, ignore_index=True)
     folder = plans[0].folder
     table.to_csv(folder / f"table-{on}.csv", index=False)

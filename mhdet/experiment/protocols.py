@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_TURN', 'AT_ONCE', 'GROWING', 'SPLITTING', 'OWN', 'MARKS', 'Protocol', 'read_protocol', 'images_seen', 'Plan',
-           'protocol_config', 'read_protocol_arms', 'plan_protocol', 'run_protocol', 'protocol_table',
+           'protocol_config', 'read_protocol_arms', 'plan_protocol', 'run_protocols', 'protocol_table',
            'protocol_summary', 'plot_protocols']
 
 # %% ../../nbs/06_experiment/17_protocols.ipynb #90e61dde
@@ -28,7 +28,12 @@ from .grow import RECIPE, grow_config
 from .head_cards import detection_changes
 from .inference import dataset, limits, predict
 from .models import load_run
-from .study import _train_or_continue
+from mhdet.experiment.study import (
+    _as_rows,
+    _side_by_side,
+    _train_elsewhere,
+    _train_or_continue,
+)
 from .sweep import named_rows, read_sweep
 from ..partition.heads import Head, Partition, load_heads, save_heads
 from ..training.learner import make_accelerator
@@ -350,24 +355,57 @@ def _judge(run, names, data, device):
     return record, dt
 
 
-def run_protocol(plan, quiet=False, say=print):
-    """Train what a protocol lacks, and evaluate it.
+def _begun(plan, arm):
+    "The configuration of a training, which may have begun; its head file is there afterwards."
+    run = plan.run(arm)
+    if (run / "heads.yaml").is_file():
+        return load_config(run / "config.yaml")
+    cfg, partition = protocol_config(plan, arm)
+    if partition:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        save_heads(cfg.network.heads, partition)
+    return cfg
+
+
+def _train_all(wanted, quiet, say):
+    "Train these (plan, arm), which know nothing of each other; on a CPU two at a time."
+    configs = [(plan, arm, _begun(plan, arm)) for plan, arm in wanted]
+    rows = [_as_rows([(cfg, plan.run(arm).name)], plan.folder) for plan, arm, cfg in configs]
+    rows = [row for of_one in rows for row in of_one]
+    if not rows:
+        return
+    plan = wanted[0][0]
+    device = make_accelerator(plan.cfg.training.device).device
+    jobs = _side_by_side(len(rows), images_seen(plan.joint) * len(rows), device)
+    if jobs > 1:
+        try:
+            _train_elsewhere(plan.cfg, rows, plan.folder, {"jobs": jobs}, say, quiet)
+        except InterruptedError as e:
+            reason = str(e).split(";")[0]
+            raise InterruptedError(f"{reason}; the same command goes on") from None
+    told = set()
+    for plan, arm, cfg in configs:
+        _train_or_continue(cfg, None, plan.folder, plan.run(arm).name, quiet, told)
+
+
+def run_protocols(plans, quiet=False, say=print):
+    """Train what protocols lack, and evaluate it: first detectors first, then all arms.
 
     Parameters
     ----------
-    plan : Plan
+    plans : list of Plan
         As from `plan_protocol`.
     quiet : bool
         No progress bars.
     say : function
-        Is given a line before each training.
+        Is given lines of progress.
 
     Returns
     -------
-    dict
-        Arm -> record: `AP50` and `AP` (IoU .50:.95), by VOC's rule, of every class, `epochs`,
-        `seen`, `seconds`, `seed`, `device`, `threads`, `commit`, `date`; of arms in turn `same`:
-        whether the detections of the first classes are those of `first`. Kept in
+    list of dict
+        For each plan: arm -> record: `AP50` and `AP` (IoU .50:.95), by VOC's rule, of every class,
+        `epochs`, `seen`, `seconds`, `seed`, `device`, `threads`, `commit`, `date`; of arms in turn
+        `same`: whether the detections of the first classes are those of `first`. Kept in
         `records-SPLIT.json` of the plan's folder; what is there is not done again.
 
     Raises
@@ -377,21 +415,22 @@ def run_protocol(plan, quiet=False, say=print):
     InterruptedError
         Stopped by a signal; the same call goes on.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    told, in_turn = set(), plan.protocol.in_turn
+    first = [(plan, "first") for plan in plans if plan.protocol.in_turn]
+    if first:
+        say(f"1/3 detectors of the first classes: {len(first)}")
+        _train_all(first, quiet, say)
+    arms = [(plan, arm) for plan in plans for arm in plan.arms]
+    say(f"2/3 arms: {len(arms)}")
+    _train_all(arms, quiet, say)
+    say(f"3/3 figures on {plans[0].on}")
+    return [_judge_plan(plan) for plan in plans]
+
+
+def _judge_plan(plan):
+    "The records of a protocol: those that are kept, and what is missing."
+    in_turn = plan.protocol.in_turn
     arms = ["first", *plan.arms] if in_turn else [*plan.arms]
     runs = {"joint": plan.joint} | {arm: plan.run(arm) for arm in arms}
-    for arm in arms:
-        run = runs[arm]
-        if (run / "heads.yaml").is_file():
-            cfg = load_config(run / "config.yaml")
-        else:
-            cfg, partition = protocol_config(plan, arm)
-            if partition:
-                save_heads(cfg.network.heads, partition)
-        epochs = cfg.training.epochs
-        say(f"{run}: {epochs} epoch{'s' if epochs != 1 else ''}")
-        _train_or_continue(cfg, None, plan.folder, run.name, quiet, told)
     device = make_accelerator(plan.cfg.training.device).device
     file = plan.folder / f"records-{plan.on}.json"
     records = json.loads(file.read_text()) if file.is_file() else {}
@@ -424,7 +463,7 @@ def protocol_table(plan, records):
     ----------
     plan : Plan
     records : dict
-        As from `run_protocol`.
+        As from `run_protocols`, of this plan.
 
     Returns
     -------
