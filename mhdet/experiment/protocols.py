@@ -377,15 +377,15 @@ def _train_all(wanted, quiet, say):
     plan = wanted[0][0]
     device = make_accelerator(plan.cfg.training.device).device
     jobs = _side_by_side(len(rows), images_seen(plan.joint) * len(rows), device)
-    if jobs > 1:
-        try:
-            _train_elsewhere(plan.cfg, rows, plan.folder, {"jobs": jobs}, say, quiet)
-        except InterruptedError as e:
-            reason = str(e).split(";")[0]
-            raise InterruptedError(f"{reason}; the same command goes on") from None
     told = set()
-    for plan, arm, cfg in configs:
-        _train_or_continue(cfg, None, plan.folder, plan.run(arm).name, quiet, told)
+    try:
+        if jobs > 1:  # what follows finds them finished
+            _train_elsewhere(plan.cfg, rows, plan.folder, {"jobs": jobs}, say, quiet)
+        for plan, arm, cfg in configs:
+            _train_or_continue(cfg, None, plan.folder, plan.run(arm).name, quiet, told)
+    except InterruptedError as e:
+        reason = str(e).split(";")[0]
+        raise InterruptedError(f"{reason}; the same command goes on") from None
 
 
 def run_protocols(plans, quiet=False, say=print):
