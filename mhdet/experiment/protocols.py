@@ -100,7 +100,7 @@ SPLITTING = ("missing",)
 OWN = ("data", "run", "weights", "heads", "transfer", "seed", "dev", "imgsz")
 
 
-def _plain(cfg, epochs):
+def _to_its_end(epochs):
     "Changes after which a training goes on to its end, and is evaluated then alone."
     return dict(stages=[], early_stop=0, keep_every=0, eval_after=epochs - 1)
 
@@ -169,7 +169,7 @@ def _first_config(plan):
     "The configuration of the first detector: the recipe on the images that have its classes."
     cfg = plan.cfg
     data = [plan.source(plan.protocol.first, images="with_boxes")]
-    return cfg.override(data=data, **_plain(cfg, cfg.training.epochs)), None
+    return cfg.override(data=data, **_to_its_end(cfg.training.epochs)), None
 
 
 def _in_turn_config(plan, arm):
@@ -182,7 +182,7 @@ def _in_turn_config(plan, arm):
     if not epochs:
         raise ValueError(f"budget={plan.budget}: less than an epoch of {n} images")
     changes = RECIPE | dict(epochs=epochs) | keys
-    changes |= _plain(plan.cfg, changes["epochs"])
+    changes |= _to_its_end(changes["epochs"])
     first = str(plan.run("first"))
     if how.pop("naive", False):
         if how:
@@ -206,7 +206,7 @@ def _at_once_config(plan, arm):
     data = []
     for name, classes, share in zip(names, sets, halves, strict=True):
         data.append(plan.source(classes, name=name, share=share, **how))
-    cfg = plan.cfg.override(data=data, **_plain(plan.cfg, plan.cfg.training.epochs) | keys)
+    cfg = plan.cfg.override(data=data, **_to_its_end(plan.cfg.training.epochs) | keys)
     if how:
         return cfg, None
     k, n = len(sets[0]), len(sets[0]) + len(sets[1])
@@ -246,9 +246,14 @@ def protocol_config(plan, arm):
     return cfg.override(run=run.name, heads=heads), partition
 
 
+def _config_keys(keys, in_turn, where):
+    "The keys of an arm that are keys of the configuration."
+    special = GROWING if in_turn else SPLITTING
+    return _known({key: value for key, value in keys.items() if key not in special}, where)
+
+
 def _check_arms(arms, in_turn):
     "That arms have keys that they may have."
-    special = GROWING if in_turn else SPLITTING
     for arm, keys in arms.items():
         check_run_name(arm)
         if arm in ("first", "joint"):
@@ -256,8 +261,7 @@ def _check_arms(arms, in_turn):
         for key in keys:
             if key in OWN:
                 raise ValueError(f"arm {arm}: {key}: the protocol sets it itself")
-        plain = {key: value for key, value in keys.items() if key not in special}
-        load_config(_known(plain, f"arm {arm}"))
+        load_config(_config_keys(keys, in_turn, f"arm {arm}"))
 
 
 def read_protocol_arms(file):
@@ -359,7 +363,15 @@ def _begun(plan, arm):
     "The configuration of a training, which may have begun; its head file is there afterwards."
     run = plan.run(arm)
     if (run / "heads.yaml").is_file():
-        return load_config(run / "config.yaml")
+        cfg = load_config(run / "config.yaml")
+        keys = _config_keys(plan.arms.get(arm, {}), plan.protocol.in_turn, f"arm {arm}")
+        for key, value in keys.items():
+            if cfg.flat()[key] != cfg.override(**{key: value}).flat()[key]:
+                raise ValueError(
+                    f"{run}: was begun with {key}={cfg.flat()[key]}, now it is {value}; "
+                    "give the arm another name"
+                )
+        return cfg
     cfg, partition = protocol_config(plan, arm)
     if partition:
         plan.folder.mkdir(parents=True, exist_ok=True)
