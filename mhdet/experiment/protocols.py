@@ -314,7 +314,9 @@ def plan_protocol(ref, text, arms=None, budget=0.35, root="runs", on="val"):
     protocol = read_protocol(text, partition.names)
     arms = (IN_TURN if protocol.in_turn else AT_ONCE) if arms is None else arms
     _check_arms(arms, protocol.in_turn)
-    folder = Path(root) / f"protocols-{joint.name}"
+    inside = joint.resolve().is_relative_to(Path(root).resolve())
+    place = joint.resolve().relative_to(Path(root).resolve()) if inside else Path(joint.name)
+    folder = Path(root) / "-".join(("protocols", *place.parts))
     return Plan(joint, cfg, protocol, folder, arms, budget, on)
 
 # %% ../../nbs/06_experiment/17_protocols.ipynb #4fa10f40

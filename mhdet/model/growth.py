@@ -266,7 +266,9 @@ def add_head(model, classes, name=None, start="mean", adapter=None):
     )
     parents = sorted({int(old.head_of[k]) for ids in similar for k in ids or ()})
     adapters_of = parents[0] if len(parents) == 1 and isinstance(start, Mapping) else None
-    if (adapter or old.adapter) == "attention" and adapters_of is None:
+    if adapter == "attention" and old.adapter == "none":
+        raise ValueError("adapter: must be bottleneck or cbam: attention changes old detections")
+    if old.adapter == "attention" and adapters_of is None:
         raise ValueError("add_head: with adapter=attention a head can only start from one other's")
     if adapter not in (None, old.adapter) and old.adapter != "none":
         raise ValueError(f"adapter: must be {old.adapter}, as the heads have, got {adapter}")
