@@ -351,11 +351,29 @@ def _check(names, chosen, fixtures: str = option(..., "Folder of NAME.json and N
     return rows, rows, any(row["ok"] is False for row in rows)
 
 
-@command("device")
+def _time_runs(names, device, quick):
+    "Rows and table of the time of one image in several runs."
+    from mhdet.experiment.profile import time_runs
+
+    calls, rounds = (3, 2) if quick else (30, 8)
+    table = time_runs(names, calls, rounds, device=device, root=ROOT)
+    shown = table.assign(macs=(table["macs"] / 1e6).round(1))
+    shown["range"] = [f"{low:.2f}..{high:.2f}" for low, high in table[["low", "high"]].to_numpy()]
+    shown = shown.round({"ms": 1, "ratio": 3}).drop(columns=["low", "high"])
+    shown = shown.rename(columns={"macs": "MACs (M)", "ratio": f"ms / {names[0]}"})
+    return table.to_dict("records"), text_table(shown)
+
+
+@command("device", (0, None), "[RUN]... [key=value]...")
 def _bench(names, chosen, quick: bool = option(False, "Fewer repetitions.", "--quick")):
-    "Speed and memory, as ratios measured in one run."
+    """Speed and memory, as ratios measured in one run.
+
+    With RUNs: the time of one image in each of them, taking turns.
+    """
     from mhdet.tools.benchmark import bench, bench_table
 
+    if names:
+        return _time_runs(names, chosen.get("device", "auto"), quick)
     result = bench(chosen.get("device", "cpu"), quick)
     table = bench_table(result).rename_axis("ratio").reset_index()
     table["median"] = table["median"].astype(object).fillna("not available")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'WARMUP', 'part_seconds', 'middle_half', 'StepClock', 'covered', 'kernel_seconds', 'profile', 'profile_table',
-           'profile_line', 'profile_finding', 'plot_profile', 'inference_ms', 'stored_bytes', 'costs']
+           'profile_line', 'profile_finding', 'plot_profile', 'inference_ms', 'stored_bytes', 'costs', 'time_runs']
 
 # %% ../../nbs/06_experiment/08_profile.ipynb #e206f129
 import copy
@@ -20,11 +20,13 @@ import torch
 from ..core.runs import find_run
 from ..data.splits import open_data
 from .checks import check_splits
+from .inference import dataset, limits
+from .models import load_run
 from .run import train
 from ..model.backbone import count
 from ..model.detector import decode, detect
 from ..training.callbacks import device_busy
-from ..training.learner import Callback, accumulation, to_unit
+from ..training.learner import Callback, accumulation, make_accelerator, to_unit
 from ..training.schedules import EMA
 
 # %% ../../nbs/06_experiment/08_profile.ipynb #6e721710
@@ -631,3 +633,53 @@ def costs(models, image, calls=10, **settings):
             "stored": stored_bytes(model, image),
         }
     return found
+
+# %% ../../nbs/06_experiment/08_profile.ipynb #c2a05c63
+def time_runs(refs, calls=30, rounds=8, split="val", device="auto", root="runs"):
+    """Time of one image in several runs, which take turns, on the first image of a split.
+
+    Parameters
+    ----------
+    refs : sequence of str
+        As for `find_run`. The others are compared with the first.
+    calls : int
+        Of each run in a round.
+    rounds : int
+    split : str
+        Of the first run's data.
+    device : {"cpu", "cuda", "auto"}
+    root : str or Path
+        Folder of all runs.
+
+    Returns
+    -------
+    DataFrame
+        A row for each run: `run`, `params`, `macs` of an image, `ms` (the least of the rounds'
+        medians, from pixels to detections), `ratio` (median over rounds of its ms over those of
+        the first run) and its quartiles `low`, `high`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such run; runs of several image sizes; no calls or rounds; no such split.
+    """
+    import pandas as pd
+
+    if rounds < 1:
+        raise ValueError(f"rounds: must be 1 or more, got {rounds}")
+    loaded = [load_run(ref, root) for ref in refs]
+    first = loaded[0][1]
+    for ref, (_, cfg) in zip(refs, loaded, strict=True):
+        if cfg.data.imgsz != first.data.imgsz:
+            sizes = f"{cfg.data.imgsz} px, and {refs[0]} has {first.data.imgsz}"
+            raise ValueError(f"{ref}: has {sizes}: no image is of both sizes")
+    records = open_data(first.data.data, split, first.data.dev)[split]
+    place = make_accelerator(device).device
+    image = dataset(first, records)[0][0][None].to(place)
+    models = [model.to(place) for model, _ in loaded]
+    settings = limits(first)
+    ms = np.array([inference_ms(models, image, calls, **settings) for _ in range(rounds)])
+    low, ratio, high = np.percentile(ms / ms[:, :1], [25, 50, 75], axis=0)
+    table = pd.DataFrame([count(model, image.shape[-1]) for model in models])
+    table.insert(0, "run", list(refs))
+    return table.assign(ms=ms.min(0), ratio=ratio, low=low, high=high)
