@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 cfg = configparser.ConfigParser(delimiters=["="])
 cfg.read(ROOT / "settings.ini", encoding="utf8")
 SKIP = set(cfg["DEFAULT"]["tst_flags"].split())
+if os.environ.get("MHDET_ALL") == "1":
+    SKIP.discard("slow")
 
 
 class Client(NotebookClient):

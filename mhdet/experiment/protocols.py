@@ -340,23 +340,33 @@ def _judge(run, names, data, device):
     return record, dt
 
 
+def _check_same(run, was, now):
+    "That a training which has begun has the keys it was begun with."
+    for key in was | now:
+        if was.get(key) != now.get(key):
+            raise ValueError(
+                f"{run}: was begun with {key}={was.get(key)}, now it is {now.get(key)}; "
+                "give the arm another name"
+            )
+
+
 def _begun(plan, arm):
     "The configuration of a training, which may have begun; its head file is there afterwards."
     run = plan.run(arm)
+    kept = plan.folder / f"{run.name}-keys.json"
+    keys = dict(plan.arms.get(arm, {}))
+    if arm != "first" and plan.protocol.in_turn:
+        keys["budget"] = plan.budget
+    keys = json.loads(json.dumps(keys))
     if (run / "heads.yaml").is_file():
-        cfg = load_config(run / "config.yaml")
-        keys = _config_keys(plan.arms.get(arm, {}), plan.protocol.in_turn, f"arm {arm}")
-        for key, value in keys.items():
-            if cfg.flat()[key] != cfg.override(**{key: value}).flat()[key]:
-                raise ValueError(
-                    f"{run}: was begun with {key}={cfg.flat()[key]}, now it is {value}; "
-                    "give the arm another name"
-                )
-        return cfg
+        if kept.is_file():
+            _check_same(run, json.loads(kept.read_text()), keys)
+        return load_config(run / "config.yaml")
     cfg, partition = protocol_config(plan, arm)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     if partition:
-        plan.folder.mkdir(parents=True, exist_ok=True)
         save_heads(cfg.network.heads, partition)
+    write_atomic(kept, json.dumps(keys).encode())
     return cfg
 
 
