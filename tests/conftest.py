@@ -1,10 +1,12 @@
 """One thread per test process and for its children: more threads than cores are slower than one."""
 
+import gc
 import os
 from collections import Counter
 
 import pytest
 
+gc.set_threshold(100_000, 50, 1000)  # the libraries are half a million objects, which stay
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -232,6 +232,7 @@ def test_one_class_has_nothing_to_partition(here):
     assert "1 class: 1 head is used, not 4" in works("partition k --strategy random")[1]
 
 
+@pytest.mark.slow
 def test_a_class_called_background_and_fewer_classes_than_heads(here):
     data = yolo(["background", "objects of"])
     out, err = works(f"study s --data {data} {TINY}")
@@ -360,6 +361,7 @@ def test_what_was_skipped_is_told_and_kept(here):
     assert own["coco"] == same["coco"]
 
 
+@pytest.mark.slow
 def test_a_study_tells_each_line_once(here):
     data = coco()
     out, err = works(f"study s --data {data} --arms control {TINY}")
@@ -367,6 +369,7 @@ def test_a_study_tells_each_line_once(here):
     assert works("study s --resume")[1].count("boxes skipped") == 1
 
 
+@pytest.mark.slow
 def test_an_image_in_two_splits(here):
     data = yolo()
     train = open_data(data)["train"].files[2]

@@ -494,11 +494,12 @@ def process(line):
 
 
 # for kills see test_kill; an interrupt stops a training in test_crash too
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, code",
     [
         pytest.param(signal.SIGTERM, 143, id="term"),
-        pytest.param(signal.SIGINT, 130, id="int", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, id="int"),
     ],
 )
 def test_a_stopped_training_goes_on(here, number, code):

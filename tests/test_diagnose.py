@@ -217,6 +217,7 @@ def diagnosis(folder):
     return json.loads((Path(folder) / "diagnosis.json").read_text())
 
 
+@pytest.mark.slow
 def test_somebody_elses_weights(here):
     line = "diagnose best.pt --data data --imgsz 64 --out a --time-limit 2"
     code, out, err = mhdet(line)

@@ -122,6 +122,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", REFUSED)
 def test_refused_in_one_line(here, cluster, words):
     Path("sweep-r.yaml").write_text(ROWS)

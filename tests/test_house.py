@@ -548,6 +548,7 @@ for module in {modules}:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_module_imports_alone():
     assert not_alone(ROOT) == []

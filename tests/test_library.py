@@ -88,6 +88,7 @@ def test_a_detector_is_one_graph(form, fresh_compiler):
             assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [slow(LOSSES[0]), LOSSES[1]], ids=str)
 def test_a_compiled_loss_gives_the_same_numbers(options, fresh_compiler):
     model, loss = own_detector(), mhdet.RoutedLoss(TWO, **options)
@@ -153,6 +154,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_batch(tmp_path):
     cases = []
     for options in ({}, {"assign": "ota"}, {"reduce": "head", "others": "ignore"}):

@@ -400,6 +400,7 @@ def world(seed, skills, n_images=100, nc=4, seed_noise=0.0):
     return gt, trainings
 
 
+@pytest.mark.slow
 def test_interval_covers_zero():
     "500 pairs without a true difference: the 95 % interval covers zero in 93-97 % of them."
     covered = []
@@ -434,6 +435,7 @@ def test_a_known_difference_is_detected_as_often_as_promised():
     assert np.std([r["delta"] for r in runs]) == pytest.approx(sd, rel=0.2)
 
 
+@pytest.mark.slow
 def test_interval_with_seeds():
     "Three noisy trainings per side: images alone cover too rarely, images and seeds do not."
     both, images = [], []

@@ -1,6 +1,6 @@
 """Every chapter and study runs, cell by cell, in this process.
 
-Cells flagged cuda are left out; those flagged slow, and four tutorials, run with MHDET_ALL=1.
+Cells flagged cuda are left out; those flagged slow, and the chapters of SLOW, run with MHDET_ALL=1.
 """
 
 import os
@@ -20,7 +20,14 @@ for path in sorted(cfg.nbs_path.rglob("*.ipynb")):
     if not path.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in path.parts:
         NBS.append(path)
 EVERYTHING = os.environ.get("MHDET_ALL") == "1"
-SLOW = [f"tutorials/{name}" for name in ("torchvision", "compare", "library", "own_data")]
+SLOW = {  # what these show has quicker tests of its own
+    *(f"tutorials/{name}" for name in ("colab", "compare", "library", "new_class", "own_data")),
+    *("tutorials/torchvision", "02_evaluation/06_foreign", "03_partition/03_solver"),
+    *("06_experiment/05_sweep", "06_experiment/08_profile", "06_experiment/10_curves"),
+    *("06_experiment/14_report", "06_experiment/17_protocols"),
+    *("07_probe/03_symptoms", "08_pairs/08_report", "10_tools/00_onnx", "10_tools/04_widgets"),
+    *("11_cli/06_diagnose", "11_cli/09_probe"),
+}
 FLAGS = [flag for flag in cfg.tst_flags.split() if flag != "slow" or not EVERYTHING]
 NEEDS = dict.fromkeys(["00_onnx", "02_benchmark"], ("onnx", "onnxruntime"))
 

@@ -238,6 +238,7 @@ def test_an_image_without_detections(tmp_path):
     assert dt.label.dtype == torch.int64
 
 
+@pytest.mark.slow
 def test_every_detection_has_its_counterpart_in_photographs(tmp_path):
     if not VOC.is_dir():
         pytest.skip("../shared/data is absent")

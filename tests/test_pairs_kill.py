@@ -93,6 +93,7 @@ def toy(tmp_path_factory, program):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_in_both_stages_it_ends_at_the_same_bits(toy, program):
     start, root = program.start, toy / "killed"
     root.mkdir()

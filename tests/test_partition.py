@@ -144,6 +144,7 @@ def test_weights_survive_the_file(tmp_path):
     assert weighted.weights[0] * 40 == pytest.approx(weighted.weights[1] * 10)
 
 
+@pytest.mark.slow
 def test_search_stops_in_time_and_repeats_itself():
     rng = np.random.default_rng(0)
     cost = rng.random((60, 60)) * (1 - np.eye(60))

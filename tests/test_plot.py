@@ -135,6 +135,7 @@ def test_one_figure_and_one_summary(here):
     }
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_with_actions(here):
     Path("rules.yaml").write_text(
         "rules: [{above: .43, action: go on}, {below: .42, action: stop}, {action: wait}]"

@@ -67,6 +67,7 @@ def here(place, monkeypatch):
     return place
 
 
+@pytest.mark.slow
 def test_head_files_are_arms_and_the_base_is_not_trained(here):
     line = "study files --base first --arms split,halves.yaml,thirds.yaml extra_epochs=1"
     study = result(f"{line} arm.freeze=stem others=background")
@@ -100,6 +101,7 @@ def test_a_row_of_a_log_has_its_heads_only_where_there_are_several(here):
     assert "AP50/h0" not in result("runs")[0]
 
 
+@pytest.mark.slow
 def test_a_weight_file_is_a_base(here):
     line = f"study file --base single.safetensors {TINY} extra_epochs=1 --arms control"
     study = result(line)
@@ -109,6 +111,7 @@ def test_a_weight_file_is_a_base(here):
     assert study["baseline"]["AP50"] == pytest.approx(given["baseline"]["AP50"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_base_for_each_seed_or_one_for_all(here):
     line = "study {} --base first {} --arms control extra_epochs=1"
     each = result(line.format("each", "--base second"))
@@ -210,6 +213,7 @@ def test_the_sweeps_of_the_source(here, sweep, against):
         assert len(rates) == 8 and rates[0] > rates[2] > rates[-1]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_a_process_of_its_own_names_its_output(here):
     cfg = load_config(*TINY.split(), "epochs=1", "lr=1e30", "restarts=0", "run=bad")
     with pytest.raises(RuntimeError, match="base-s0 not finished; what happened is in base-s0.out"):

@@ -95,6 +95,7 @@ def test_killed_then_interrupted_then_finished(here):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_its_row_alive_and_the_next_one_leaves_it_alone(here):
     Path("b.yaml").write_text(BASE % 1000)
     first = begin("sweep b.yaml")

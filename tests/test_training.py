@@ -175,6 +175,7 @@ def test_adamw_starts_with_its_own_rate_of_biases_and_keeps_beta1(tmp_path, toys
     assert 0 < len(state) < everything  # what is frozen has none
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_state_begins_with_its_weights(tmp_path, toys):
     base = train(tmp_path, toys, "base", "epochs=1")
     run = train(tmp_path, toys, "next", "epochs=1", f"weights={base}", "lr=0.0", "ema=0.0")

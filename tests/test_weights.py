@@ -651,6 +651,7 @@ def test_a_foreign_file_as_a_run(tmp_path):
     assert (code, "expected --data D" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_shown_and_exported(tmp_path):
     "detect and export, whose file gives what the original module gives."
     pytest.importorskip("onnx", reason="onnx is not installed")

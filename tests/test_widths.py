@@ -91,6 +91,7 @@ def test_allowed_widths_are_named():
             yolov7_tiny(wrong)
 
 
+@pytest.mark.slow
 def test_an_odd_width_through_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = "train data=toy:16 imgsz=64 batch=8 workers=0 precision=fp32 epochs=1 device=cpu"

@@ -372,6 +372,7 @@ def test_odd_names_through_the_commands(tmp_path, monkeypatch):
     assert code == 2 and shlex.split(err.split("--resume ")[1]) == [run]
 
 
+@pytest.mark.slow
 def test_a_study_with_an_odd_name_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = str(write_set(Path("set #2"), 40))
@@ -419,6 +420,7 @@ def test_rows_of_a_sweep(tmp_path, monkeypatch):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_elsewhere_trains_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -119,6 +119,7 @@ def test_one_that_begins_again_has_the_workers_of_one_training(tmp_path):
     assert children() == []
 
 
+@pytest.mark.slow
 def test_a_study_leaves_no_process(tmp_path):
     cfg = load_config(*WORDS, "workers=1", "extra_epochs=1", "run=s")
     study(cfg, root=tmp_path, heads=2, quiet=True, say=lambda line: None)
@@ -216,6 +217,7 @@ def test_workers_that_are_busy_are_not_waited_for(how):
     assert children() == []
 
 
+@pytest.mark.slow
 def test_busy_workers_do_not_outlive_the_main_process():
     code = """
 import test_workers as t
