@@ -153,7 +153,7 @@ def arms(wanted=("split",), rows=None, source="--arms-file"):
     ------
     ValueError
         Unknown name that is no file, and lists the known ones; two arms of one name; a name that
-        no run can have.
+        no run can have, or that means a seed of another arm.
     """
     chosen, words = {}, {}
     for word in dict.fromkeys(("control", *wanted)):
@@ -165,6 +165,10 @@ def arms(wanted=("split",), rows=None, source="--arms-file"):
     for name, keys in (rows or {}).items():
         _check_arm_name(name, source)
         chosen[name] = _row_arm(name, keys, chosen, source)
+    for name, arm in chosen.items():
+        stem, _, seed = name.rpartition("-s")
+        if stem in chosen and seed.isdecimal():  # its head file would be that of the other's seed
+            raise ValueError(f"{arm.source}: arm '{name}' is seed {seed} of arm '{stem}'")
     return chosen
 
 # %% ../../nbs/06_experiment/06_arms.ipynb #8b58c8c7
