@@ -139,7 +139,7 @@ def _evaluate_model(model, cfg, data):
     "Detections on a split, with COCO and VOC figures, ms per image, parameters, AP50 per class."
     records = data.records
     dt, facts = predict(model, data, **limits(cfg))
-    # by our own matching: it equals pycocotools to nine digits, which needs 28 times as long
+    # by our own matching: it equals pycocotools to nine digits, which takes 27 times as long
     result = evaluate(records.gt, dt, records.names, len(data), ("coco", "voc"), records.inclusive)
     figures = dict(
         AP50=result["coco"]["AP50"],
